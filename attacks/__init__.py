@@ -1,0 +1,1 @@
+"""The built-in attacks, a family a file; reached through the registry alone."""

@@ -1,0 +1,194 @@
+"""The reference AutoAttack (Croce and Hein 2020), component by component, and Square alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from robustdeq.errors import UsageError
+from robustdeq.interfaces import Access, Budget, Candidates, Scope
+from robustdeq.randomness import SampleRandom
+from robustdeq.shapes import Images, Labels
+from robustdeq.targets import Target
+from robustdeq.threats import Threat
+
+Version = Literal["standard", "plus", "rand"]
+_COMPONENTS: dict[str, tuple[str, ...]] = {
+    "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
+    "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
+    "rand": ("apgd-ce", "apgd-dlr"),
+}
+# DLR needs the third largest logit, its targeted form the fourth.
+_FEWEST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}
+# Model calls per sample that stays robust, measured on AutoAttack standard with 10 classes.
+_CALLS = {
+    "apgd-ce": Budget(111, 101),
+    "apgd-dlr": Budget(111, 101),
+    "apgd-t": Budget(928, 909),
+    "fab-t": Budget(1837, 900),
+    "fab": Budget(2000, 1000),
+    "square": Budget(5012, 0),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoAttack:
+    """AutoAttack through `pyautoattack`, or through the git package `autoattack`.
+
+    The library's own components run with its own settings and the suite's seed on the whole chunk
+    as one batch, each on the samples that those before it left robust: the same examples as its
+    `run_standard_evaluation`. Driven one by one because that function would let NaN examples count
+    as fooled, installs a process-wide tracer, and cannot name the component that broke a sample.
+
+    With fewer than 10 classes the targeted components take all other classes as targets; those
+    that need more classes than there are are left out, and the row says so.
+
+    Attributes:
+        version: "standard", "plus" or "rand" (for randomized models).
+    """
+
+    needs: ClassVar[Access] = Access.GRADIENTS
+    scope: ClassVar[Scope] = Scope.CHUNK
+
+    version: Version = "standard"
+
+    def components(self, classes: int) -> tuple[str, ...]:
+        """The components that run with so many classes, in order."""
+        every = _COMPONENTS[self.version]
+        return tuple(name for name in every if classes >= _FEWEST_CLASSES.get(name, 2))
+
+    def left_out(self, classes: int) -> tuple[str, ...]:
+        """See `robustdeq.interfaces.Attack`."""
+        kept = self.components(classes)
+        return tuple(
+            f"{name} left out: it needs {_FEWEST_CLASSES[name]} classes"
+            for name in _COMPONENTS[self.version]
+            if name not in kept
+        )
+
+    def budget(self, classes: int) -> Budget:
+        """See `robustdeq.interfaces.Attack`."""
+        calls = [_CALLS[name] for name in self.components(classes)]
+        draws = 20 if self.version == "rand" else 1
+        restarts = 5 if self.version == "plus" else 1
+        factor = draws * restarts
+        return Budget(
+            sum(c.forward for c in calls) * factor, sum(c.backward for c in calls) * factor
+        )
+
+    def run(
+        self, target: Target, x: Images, y: Labels, threat: Threat, rng: SampleRandom
+    ) -> Candidates:
+        """See `robustdeq.interfaces.Attack`."""
+        module = target.module()
+        library = _library(module, threat, rng.seed, self.version, x.device)
+        targets = min(9, target.classes - 1)
+        library.apgd_targeted.n_target_classes = library.fab.n_target_classes = targets
+        return _in_turn(library, module, self.components(target.classes), x, y, rng.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Square:
+    """Square Attack alone (Andriushchenko et al. 2020): a black-box control of the others.
+
+    Attributes:
+        queries: most queries of a restart.
+        restarts: number of restarts.
+    """
+
+    needs: ClassVar[Access] = Access.LOGITS
+    scope: ClassVar[Scope] = Scope.CHUNK
+
+    queries: int = 5000
+    restarts: int = 1
+
+    def budget(self, classes: int) -> Budget:
+        """See `robustdeq.interfaces.Attack`."""
+        del classes
+        return Budget((self.queries + 12) * self.restarts, 0)
+
+    def run(
+        self, target: Target, x: Images, y: Labels, threat: Threat, rng: SampleRandom
+    ) -> Candidates:
+        """See `robustdeq.interfaces.Attack`."""
+        module = target.module()
+        library = _library(module, threat, rng.seed, "standard", x.device)
+        library.square.n_queries, library.square.n_restarts = self.queries, self.restarts
+        return _in_turn(library, module, ("square",), x, y, rng.seed)
+
+
+def _library(module: nn.Module, threat: Threat, seed: int, version: str, device: Any) -> Any:
+    """An AutoAttack object of whichever package is installed; both name their parts alike."""
+    logging.getLogger("auto-attack").setLevel(logging.ERROR)
+    settings = {"norm": str(threat.norm), "eps": threat.eps, "seed": seed, "version": version}
+    try:
+        from pyautoattack import AutoAttack as Reference
+
+        return Reference(module, device=str(device), **settings)
+    except ImportError:
+        pass
+    try:
+        from autoattack import AutoAttack as GitReference
+    except ImportError as cause:
+        raise UsageError(
+            "AutoAttack is not installed; install it with 'pip install pyautoattack'."
+        ) from cause
+    return GitReference(module, device=str(device), verbose=False, **settings)
+
+
+def _in_turn(
+    library: Any, module: nn.Module, components: tuple[str, ...], x: Images, y: Labels, seed: int
+) -> Candidates:
+    """Run components one after another, each on what the earlier ones left."""
+    best, made_by = x.clone(), [""] * len(x)
+    with torch.no_grad():
+        robust = module(x).argmax(1) == y
+    for name in components:
+        rows = robust.nonzero().squeeze(1)
+        if not len(rows):
+            break
+        with _own_randomness(x.device):
+            found = _component(library, name, seed)(x[rows].clone(), y[rows].clone()).detach()
+        # A NaN image is classified as something else by most models; it is no example.
+        finite = found.flatten(1).isfinite().all(1)
+        with torch.no_grad():
+            broken = (module(found).argmax(1) != y[rows]) & finite
+        # Kept as the candidate unless a later component does better, so that the judge sees that
+        # this one failed and never counts the sample as having withstood it.
+        taken = broken | ~finite
+        best[rows[taken]] = found[taken].to(best)
+        for row in rows[broken].tolist():
+            made_by[row] = name
+        robust[rows[broken]] = False
+    return Candidates(best, tuple(made_by))
+
+
+def _component(library: Any, name: str, seed: int) -> Any:
+    """One component's `perturb`, prepared as `run_standard_evaluation` prepares it."""
+    if name in ("apgd-ce", "apgd-dlr"):
+        library.apgd.loss, attack = name.removeprefix("apgd-"), library.apgd
+    elif name == "apgd-t":
+        attack = library.apgd_targeted
+    elif name == "square":
+        attack = library.square
+    else:
+        attack = library.fab
+        attack.targeted = name == "fab-t"
+        if attack.targeted:
+            attack.n_restarts = 1
+    attack.seed = seed
+    return attack.perturb
+
+
+@contextmanager
+def _own_randomness(device: torch.device) -> Iterator[None]:
+    """The library reseeds the global generators; whoever called gets theirs back."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield

@@ -1,0 +1,35 @@
+"""Equilibrium core: solvers, gradient estimators and the classifier that joins them."""
+
+from robustdeq.equilibrium.anderson import Anderson
+from robustdeq.equilibrium.broyden import Broyden
+from robustdeq.equilibrium.counting import Meter, metered
+from robustdeq.equilibrium.drive import Drive, Value
+from robustdeq.equilibrium.fixed_point import FixedPoint
+from robustdeq.equilibrium.gradients import (
+    Gradient,
+    Honest,
+    Implicit,
+    OneStep,
+    Phantom,
+    SolveGradient,
+    Unrolled,
+    parse_gradient,
+    splice,
+)
+from robustdeq.equilibrium.iteration import Method, Solver
+from robustdeq.equilibrium.model import EquilibriumClassifier
+from robustdeq.equilibrium.solution import (
+    AdjointTrace,
+    Cell,
+    Injection,
+    Problem,
+    Solve,
+    relative_residual,
+)
+
+__all__ = [
+    "AdjointTrace", "Anderson", "Broyden", "Cell", "Drive", "EquilibriumClassifier", "FixedPoint",
+    "Gradient", "Honest", "Implicit", "Injection", "Meter", "Method", "OneStep", "Phantom",
+    "Problem", "Solve", "SolveGradient", "Solver", "Unrolled", "Value", "metered",
+    "parse_gradient", "relative_residual", "splice",
+]  # fmt: skip

@@ -1,0 +1,141 @@
+"""The loop that every solver shares: per-sample stopping, freezing and compaction.
+
+A sample stops when its own residual meets the tolerance; from then on it is frozen, so its result
+does not depend on its batch companions. (torchdeq stops when the worst row of the batch converges,
+which moved logits by 1e-3 with the companions at a tolerance of 1e-2.)
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from robustdeq.equilibrium.solution import Map, Solve, relative_residual
+from robustdeq.errors import UsageError
+
+
+class Method(ABC):
+    """The memory of one solve: turns (z, f(z)) into the next iterate, for flat states (rows, D)."""
+
+    returns_best = True
+    """Whether the iterate of the lowest residual is the answer; else the last one, and then
+    `advance` must have no memory."""
+
+    @abstractmethod
+    def advance(self, z: Tensor, fz: Tensor) -> Tensor:
+        """The next iterate."""
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all rows but these."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solver(ABC):
+    """A frozen choice of method, tolerance and step limit.
+
+    Attributes:
+        tolerance: relative residual at which a sample stops; 0 runs exactly `max_steps` steps.
+        max_steps: most evaluations of the cell per sample, at least 1.
+    """
+
+    tolerance: float = 1e-6
+    max_steps: int = 100
+
+    def __post_init__(self) -> None:
+        if self.max_steps < 1 or not 0 <= self.tolerance < 1:
+            raise UsageError(
+                f"{type(self).__name__} has max_steps={self.max_steps} and "
+                f"tolerance={self.tolerance}; give at least 1 step and a tolerance in [0, 1)."
+            )
+
+    @abstractmethod
+    def method(self) -> Method:
+        """Fresh memory for one solve."""
+
+    def with_steps(self, steps: int) -> Self:
+        """The same solver with another step limit."""
+        return replace(self, max_steps=steps)
+
+    def __call__(
+        self, f: Map, start: Tensor, *, compact: bool = True, keep_states: bool = False
+    ) -> Solve:
+        """Iterate `f` from `start` (batch, *state) until each sample has stopped.
+
+        Args:
+            compact: drop finished rows once they are half of the batch; needs an `f` that can be
+                evaluated for some rows only.
+            keep_states: return all iterates, the start included (nothing is compacted then).
+        """
+        return _Run(self, f, start, compact and not keep_states, keep_states).solve()
+
+
+class _Run:
+    """One solve: the working rows, and the answers of the rows that have left."""
+
+    def __init__(
+        self, solver: Solver, f: Map, start: Tensor, compact: bool, keep_states: bool
+    ) -> None:
+        self.solver, self.f, self.compact = solver, f, compact
+        self.method = solver.method()
+        self.shape = start.shape[1:]
+        batch = start.shape[0]
+        self.z = start.detach().reshape(batch, -1)
+        self.rows: Tensor | None = None
+        self.open = torch.ones(batch, dtype=torch.bool, device=start.device)
+        self.best = self.z
+        self.least = self.z.new_full((batch,), torch.inf)
+        self.steps = torch.zeros(batch, dtype=torch.long, device=start.device)
+        self.answer = (self.best, self.least, self.steps)
+        self.states: list[Tensor] | None = [start] if keep_states else None
+
+    def solve(self) -> Solve:
+        for step in range(self.solver.max_steps):
+            fz = self.f(self.z.view(-1, *self.shape), step, self.rows).flatten(1)
+            self._observe(fz)
+            remaining = int(self.open.sum()) if self.solver.tolerance > 0 else len(self.open)
+            if remaining == 0 or step + 1 == self.solver.max_steps:
+                break
+            following = self.method.advance(self.z, fz)
+            self.z = torch.where(self.open[:, None], following, self.z)
+            if self.compact and 2 * remaining <= len(self.open):
+                self._drop_finished()
+        z, residual, steps = self._gathered()
+        states = tuple(self.states) if self.states is not None else ()
+        return Solve(z.view(-1, *self.shape), residual, steps, states)
+
+    def _observe(self, fz: Tensor) -> None:
+        """Take the residual of the current iterate, and close the rows that meet the tolerance."""
+        residual = relative_residual(fz, self.z)
+        self.steps = self.steps + self.open
+        if self.method.returns_best:
+            better = self.open & (residual < self.least)
+            self.best = torch.where(better[:, None], self.z, self.best)
+            self.least = torch.where(better, residual, self.least)
+        else:
+            self.best = torch.where(self.open[:, None], self.method.advance(self.z, fz), self.best)
+            self.least = torch.where(self.open, residual, self.least)
+        if self.solver.tolerance > 0:
+            self.open = self.open & ~(residual <= self.solver.tolerance)
+        if self.states is not None:
+            self.states.append(self.best.view(-1, *self.shape))
+
+    def _drop_finished(self) -> None:
+        self.answer = self._gathered()
+        live = self.open.nonzero().squeeze(1)
+        self.rows = live if self.rows is None else self.rows[live]
+        self.z, self.best, self.least = self.z[live], self.best[live], self.least[live]
+        self.steps, self.open = self.steps[live], self.open[live]
+        self.method.keep(live)
+
+    def _gathered(self) -> tuple[Tensor, Tensor, Tensor]:
+        current = (self.best, self.least, self.steps)
+        if self.rows is None:
+            return current
+        return tuple(  # type: ignore[return-value]
+            whole.index_copy(0, self.rows, part)
+            for whole, part in zip(self.answer, current, strict=True)
+        )

@@ -1,0 +1,82 @@
+"""What a solve returns, and the map that it iterates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from robustdeq.shapes import Counts, PerSample, State
+
+Injection = Tensor | tuple[Tensor, ...]
+Cell = Callable[[Tensor, Injection, int], Tensor]
+
+
+@dataclass
+class AdjointTrace:
+    """How the adjoint solve of an implicit gradient went; filled when a backward pass runs it.
+
+    `residual` is the relative residual per sample and `steps` the vector-Jacobian products taken.
+    """
+
+    residual: PerSample | None = None
+    steps: Counts | None = None
+
+
+class Solve(NamedTuple):
+    """The state a solver reached, with its evidence. Failure is data: nothing is raised.
+
+    Attributes:
+        z: state, (batch, *state).
+        residual: relative residual |f(z) - z| / |f(z)| per sample, of the last evaluation;
+            infinite where the cell returned a non-finite state.
+        steps: evaluations of the cell spent on each sample until it stopped.
+        states: z_0, z_1, ... where the caller asked for them, else empty.
+        adjoint: the trace of the backward solve, where the gradient has one.
+    """
+
+    z: State
+    residual: PerSample
+    steps: Counts
+    states: tuple[Tensor, ...] = ()
+    adjoint: AdjointTrace | None = None
+
+
+class Map(Protocol):
+    """A map on states, evaluated for all rows of the batch or for some of them."""
+
+    def __call__(self, z: Tensor, step: int, rows: Tensor | None = None) -> Tensor:
+        """f(z) at iteration `step`; `rows` are the batch rows that `z` holds, None for all."""
+        ...
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A fixed-point problem z = cell(z, injection), with the state to start from."""
+
+    cell: Cell
+    injection: Injection
+    start: State
+    warm: bool = False
+
+    def __call__(self, z: Tensor, step: int, rows: Tensor | None = None) -> Tensor:
+        """The cell at `z`; see `Map`."""
+        return self.cell(z, self.injection if rows is None else _take(self.injection, rows), step)
+
+
+def _take(injection: Injection, rows: Tensor) -> Injection:
+    if isinstance(injection, Tensor):
+        return injection[rows]
+    return tuple(part[rows] for part in injection)
+
+
+def relative_residual(fz: Tensor, z: Tensor) -> PerSample:
+    """|f(z) - z| / |f(z)| per sample; infinite where that is not a number."""
+    flat = fz.flatten(1)
+    norm = torch.linalg.vector_norm(flat, dim=1)
+    gap = torch.linalg.vector_norm(flat - z.flatten(1), dim=1)
+    residual = gap / norm.clamp_min(torch.finfo(flat.dtype).tiny)
+    return torch.nan_to_num(residual, nan=torch.inf, posinf=torch.inf)

@@ -1,0 +1,36 @@
+"""The two ways in which a user's run can go wrong, each one sentence long."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RobustDEQError(Exception):
+    """Base of every error that is shown to the user as one sentence."""
+
+
+class UsageError(RobustDEQError):
+    """What was asked for cannot be started: exit code 2."""
+
+
+class CaseError(RobustDEQError):
+    """One row cannot be computed; the others go on: exit code 1."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
+    """The error for a name that is not registered, with the nearest known names.
+
+    Example: ``unknown("attack", "pdg", ["pgd"])`` says "did you mean 'pgd'?".
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(names) or 'none'}."
+    return UsageError(f"unknown {kind} {name!r}; {hint}")
+
+
+def sentence(error: BaseException) -> str:
+    """The first line of what an exception says, with its type where it is not one of ours."""
+    text = " ".join(str(error).split()) or "no message"
+    text = text if len(text) <= 400 else text[:397] + "..."
+    return text if isinstance(error, RobustDEQError) else f"{type(error).__name__}: {text}"

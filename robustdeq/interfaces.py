@@ -1,0 +1,128 @@
+"""The plugin contracts: what a defense, an attack and a recipe must offer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from robustdeq.datasets import DataSpec
+from robustdeq.randomness import SampleRandom
+from robustdeq.shapes import Images, Labels
+from robustdeq.targets import Target
+from robustdeq.threats import Threat
+
+
+@dataclass(frozen=True)
+class About:
+    """Where an idea comes from, and what its authors claim for it.
+
+    `claimed` is empty where the claim is not known to us; it is never written from memory.
+    """
+
+    title: str
+    authors: str = ""
+    venue: str = ""
+    link: str = ""
+    claimed: str = ""
+
+
+class Access(StrEnum):
+    """What an attack needs of its target."""
+
+    GRADIENTS = "gradients"
+    LOGITS = "logits"
+    LABELS = "labels"
+
+
+class Scope(StrEnum):
+    """Which samples of a chunk an attack is given."""
+
+    CHUNK = "chunk"
+    """All of them as one batch: library attacks, whose figure is to be comparable."""
+    SURVIVORS = "survivors"
+    """Those that are classified correctly and that no attack before it has broken."""
+
+
+class Candidates(NamedTuple):
+    """Candidates, with the name of the component that made each (empty where there is none)."""
+
+    x: Images
+    made_by: tuple[str, ...]
+
+
+class Budget(NamedTuple):
+    """The most model calls that an attack spends on one sample that stays robust."""
+
+    forward: int
+    backward: int
+
+
+@runtime_checkable
+class Defense(Protocol):
+    """A defense plugin: a frozen dataclass whose fields are its parameters.
+
+    `recipe` names the training recipe that is used where none is given.
+    """
+
+    about: ClassVar[About]
+    recipe: ClassVar[str]
+
+    def build(self, data: DataSpec, device: torch.device) -> nn.Module:
+        """A model from (batch, channels, height, width) float32 in [0, 1] to logits."""
+        ...
+
+
+@runtime_checkable
+class Attack(Protocol):
+    """An attack plugin: a frozen dataclass whose fields are its parameters.
+
+    It may also define `scope` (a `Scope`, by default the survivors), `left_out(classes)` (a tuple
+    of sentences on what it cannot run with so few classes) and `budget(classes)` (a `Budget`, for
+    `--estimate`).
+    """
+
+    needs: ClassVar[Access]
+
+    def run(
+        self, target: Target, x: Images, y: Labels, threat: Threat, rng: SampleRandom
+    ) -> Tensor | Candidates:
+        """Candidates for `x`, of the same shape. Claims nothing: the judge decides."""
+        ...
+
+
+@runtime_checkable
+class Recipe(Protocol):
+    """A training recipe plugin: a frozen dataclass whose fields are its parameters.
+
+    `prefix` begins the row IDs of models trained with it, as in `Madry2018Towards_deq`.
+    """
+
+    about: ClassVar[About]
+    prefix: ClassVar[str]
+    adversarial: ClassVar[bool]
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+
+    def loss(
+        self,
+        target: Target,
+        x: Images,
+        y: Labels,
+        threat: Threat,
+        progress: float,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """The scalar loss of one batch; `progress` runs from 0 to 1 over the training."""
+        ...
+
+
+def option(plugin: Any, name: str, default: Any) -> Any:
+    """An optional member of a plugin, or the default."""
+    return getattr(plugin, name, default)

@@ -1,0 +1,140 @@
+"""Finds plugins: entry points of installed distributions, in three groups.
+
+Built-in plugins are found in exactly the way a stranger's are. Listing names imports nothing; a
+plugin that cannot be loaded stops the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, Literal, overload
+
+from robustdeq.errors import UsageError, sentence, unknown
+from robustdeq.interfaces import Attack, Defense, Recipe
+
+Kind = Literal["defense", "attack", "recipe"]
+_REQUIRED = {"defense": ("about", "build"), "attack": ("needs", "run"), "recipe": ("loss",)}
+
+
+@dataclass(frozen=True)
+class Registered:
+    """One registered name, with the distribution that provides it."""
+
+    name: str
+    kind: Kind
+    distribution: str
+    version: str
+    reference: str
+    entry: metadata.EntryPoint
+
+
+def registered(kind: Kind) -> dict[str, Registered]:
+    """All plugins of a kind by name, sorted; nothing is imported.
+
+    Raises:
+        UsageError: if two distributions register the same name.
+    """
+    found: dict[str, Registered] = {}
+    for entry in metadata.entry_points(group=f"robustdeq.{kind}s"):
+        name = entry.dist.metadata["Name"] if entry.dist else "an unknown distribution"
+        version = entry.dist.version if entry.dist else ""
+        plugin = Registered(entry.name, kind, name, version, entry.value, entry)
+        other = found.setdefault(entry.name, plugin)
+        # A distribution can be seen twice (an editable install beside its own build folder).
+        if (other.distribution, other.reference) != (plugin.distribution, plugin.reference):
+            raise UsageError(
+                f"{kind} {entry.name!r} is registered by both {other.distribution} and "
+                f"{plugin.distribution}; uninstall one of them."
+            )
+    return dict(sorted(found.items()))
+
+
+def plugin_class(kind: Kind, name: str) -> type[Any]:
+    """The plugin class registered under a name.
+
+    Raises:
+        UsageError: if the name is unknown, or its plugin cannot be imported or is malformed.
+    """
+    plugins = registered(kind)
+    if name not in plugins:
+        raise unknown(kind, name, plugins)
+    plugin = plugins[name]
+    where = f"{kind} {name!r} ({plugin.reference}, from {plugin.distribution} {plugin.version})"
+    try:
+        cls = plugin.entry.load()
+    except (Exception, SystemExit) as cause:
+        raise UsageError(
+            f"{where} cannot be loaded: {sentence(cause)}; repair or uninstall {plugin.distribution}."
+        ) from cause
+    lacking = [part for part in _REQUIRED[kind] if not hasattr(cls, part)]
+    if not isinstance(cls, type) or not dataclasses.is_dataclass(cls) or lacking:
+        raise UsageError(
+            f"{where} is not a frozen dataclass with {', '.join(_REQUIRED[kind])}; "
+            "see the plugin contract in robustdeq/interfaces.py."
+        )
+    return cls
+
+
+@overload
+def load(kind: Literal["defense"], name: str, parameters: Mapping[str, Any]) -> Defense: ...
+@overload
+def load(kind: Literal["attack"], name: str, parameters: Mapping[str, Any]) -> Attack: ...
+@overload
+def load(kind: Literal["recipe"], name: str, parameters: Mapping[str, Any]) -> Recipe: ...
+def load(kind: Kind, name: str, parameters: Mapping[str, Any]) -> Any:
+    """A plugin with its parameters set; those not named keep their defaults.
+
+    Raises:
+        UsageError: for an unknown name or parameter, or a value of the wrong type.
+    """
+    cls = plugin_class(kind, name)
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in parameters.items():
+        if key not in fields:
+            near = difflib.get_close_matches(key, list(fields), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(fields)}."
+            raise UsageError(f"{kind} {name!r} has no parameter {key!r}; {hint}")
+        values[key] = _typed(f"parameter {key!r} of {kind} {name!r}", value, hints[key])
+    try:
+        return cls(**values)
+    except UsageError:
+        raise
+    except (TypeError, ValueError) as cause:
+        raise UsageError(f"{kind} {name!r} refuses its parameters: {sentence(cause)}.") from cause
+
+
+def parameters_of(plugin: Any) -> dict[str, Any]:
+    """The resolved parameters of a plugin object: all fields, defaults included."""
+    if not dataclasses.is_dataclass(plugin):
+        return {}
+    return {f.name: getattr(plugin, f.name) for f in dataclasses.fields(plugin) if f.init}
+
+
+def _typed(what: str, value: Any, hint: Any) -> Any:
+    """`value` as `hint` wants it: integers widen to floats, lists to tuples; else a refusal."""
+    choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for choice in choices:
+        origin = typing.get_origin(choice) or choice
+        if origin is Literal:
+            if value in typing.get_args(choice):
+                return value
+        elif origin is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        elif origin is tuple and isinstance(value, list | tuple):
+            return tuple(value)
+        elif isinstance(origin, type) and isinstance(value, origin):
+            if not (isinstance(value, bool) and origin is int):
+                return value
+    names = " or ".join(
+        str(typing.get_args(c)) if typing.get_origin(c) is Literal else getattr(c, "__name__", str(c))
+        for c in choices
+    )
+    raise UsageError(f"{what} is {value!r}; give {names}.")

@@ -1,0 +1,89 @@
+"""TRADES (Zhang et al. 2019)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from robustdeq.interfaces import About
+from robustdeq.shapes import Images, Labels
+from robustdeq.targets import Target
+from robustdeq.threats import Threat
+from robustdeq.training._inner import maximized, warmed
+
+
+@dataclass(frozen=True, kw_only=True)
+class TRADES:
+    """CE(clean) + beta * KL(clean || adversarial) (Zhang et al. 2019, equation 5, algorithm 1).
+
+    Attributes:
+        epochs: passes over the training split.
+        batch_size: images a step.
+        learning_rate: peak of a one-cycle schedule.
+        weight_decay: of AdamW.
+        beta: weight of the divergence, 1/lambda in the paper.
+        steps: inner PGD steps, on the divergence.
+        step_size: of the inner attack, relative to epsilon.
+        warmup: share of the training over which epsilon grows from 0.
+        gradient: the estimator that training differentiates through, on its own logits.
+        solver_steps: step limit of the solver in training; 0 keeps the deployed one.
+    """
+
+    about: ClassVar[About] = About(
+        "Theoretically Principled Trade-off between Robustness and Accuracy",
+        "Hongyang Zhang, Yaodong Yu, Jiantao Jiao, Eric P. Xing, Laurent El Ghaoui, "
+        "Michael I. Jordan",
+        "ICML 2019",
+        "https://arxiv.org/abs/1901.08573",
+    )
+    prefix: ClassVar[str] = "Zhang2019Theoretically"
+    adversarial: ClassVar[bool] = True
+
+    epochs: int = 60
+    batch_size: int = 128
+    learning_rate: float = 2e-3
+    weight_decay: float = 1e-4
+    beta: float = 6.0
+    steps: int = 7
+    step_size: float = 0.25
+    warmup: float = 0.3
+    gradient: str = "honest"
+    solver_steps: int = 0
+
+    def loss(
+        self,
+        target: Target,
+        x: Images,
+        y: Labels,
+        threat: Threat,
+        progress: float,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """See `robustdeq.interfaces.Recipe`."""
+        threat = warmed(threat, progress, self.warmup)
+        with torch.no_grad():
+            reference = F.log_softmax(target(x).logits, 1)
+        # The divergence has a zero gradient at the clean point itself, hence the small noise.
+        noise = torch.randn(x.shape, generator=generator).to(x) * 1e-3
+        adversarial = maximized(
+            target,
+            x,
+            threat,
+            lambda logits: _divergence(reference, logits).sum(),
+            threat.project(x, x + noise),
+            self.steps,
+            self.step_size,
+        )
+        logits = target(x).logits
+        divergence = _divergence(F.log_softmax(logits, 1), target(adversarial).logits).mean()
+        return F.cross_entropy(logits, y) + self.beta * divergence
+
+
+def _divergence(log_reference: Tensor, logits: Tensor) -> Tensor:
+    """KL(reference || softmax(logits)) per sample."""
+    kl = F.kl_div(F.log_softmax(logits, 1), log_reference, reduction="none", log_target=True)
+    return kl.sum(1)

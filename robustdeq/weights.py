@@ -1,0 +1,149 @@
+"""Weights as safetensors, with metadata that says what they are; never pickles."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from robustdeq.errors import CaseError
+from robustdeq.keys import canonical, canonical_json, file_sha256
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class WeightsInfo:
+    """What trained weights are: enough to build their model and to train them again.
+
+    `threat` is empty for clean training; `complete` is false where a time budget ended it early.
+    """
+
+    defense: str
+    parameters: dict[str, Any]
+    dataset: str
+    recipe: str
+    recipe_parameters: dict[str, Any]
+    threat: str
+    seed: int
+    complete: bool
+    environment: dict[str, str] = field(default_factory=dict)
+    format: int = FORMAT
+
+
+def save_weights(model: nn.Module, info: WeightsInfo, path: Path) -> str:
+    """Write a model's state atomically; returns the file's SHA-256."""
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    payload = save(state, metadata={"robustdeq": canonical_json(asdict(info))})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, payload)
+    return file_sha256(path)
+
+
+def write_atomically(path: Path, payload: bytes) -> None:
+    """Write, sync and rename, so that no reader ever meets half a file."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(payload)
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_info(path: Path) -> WeightsInfo:
+    """The metadata of a weights file.
+
+    Raises:
+        CaseError: if the file is not safetensors with our metadata of a known format.
+    """
+    try:
+        with safe_open(path, framework="pt") as stream:
+            text = (stream.metadata() or {}).get("robustdeq")
+        data = json.loads(text) if text else None
+    except (SafetensorError, OSError, ValueError) as cause:
+        raise CaseError(f"weights {path} cannot be read ({cause}); fetch or train them again.") from cause
+    if not isinstance(data, dict):
+        raise CaseError(f"weights {path} carry no RobustDEQ metadata; train them with 'robustdeq train'.")
+    if data.get("format") != FORMAT:
+        raise CaseError(
+            f"weights {path} are of format {data.get('format')}, this version reads {FORMAT}; "
+            "use the version of RobustDEQ that wrote them."
+        )
+    try:
+        return WeightsInfo(**data)
+    except TypeError as cause:
+        raise CaseError(f"weights {path} have malformed metadata ({cause}); train them again.") from cause
+
+
+def verify_sha256(path: Path, expected: str) -> None:
+    """Refuse a file whose bytes are not the expected ones.
+
+    Raises:
+        CaseError: if the file is missing, or its SHA-256 differs.
+    """
+    if not path.is_file():
+        raise CaseError(f"weights {path} do not exist; train them with 'robustdeq train'.")
+    found = file_sha256(path)
+    if expected and found != expected:
+        raise CaseError(
+            f"weights {path} have sha256 {found[:12]}..., but the suite names {expected[:12]}...; "
+            "fetch them again, or correct the suite."
+        )
+
+
+def check_matches(info: WeightsInfo, expected: dict[str, Any], path: Path) -> None:
+    """Refuse weights whose metadata differ from what the suite says of them.
+
+    Raises:
+        CaseError: naming the first field that differs, and both values.
+    """
+    found = canonical(asdict(info))
+    for name, wanted in canonical(expected).items():
+        if found.get(name) != wanted:
+            raise CaseError(
+                f"weights {path} say {name} = {found.get(name)!r}, but the suite says {wanted!r}; "
+                "name the weights that belong to this row."
+            )
+    if not info.complete:
+        raise CaseError(f"weights {path} come from an incomplete training; finish it with 'robustdeq train'.")
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a state into a model, strictly.
+
+    Raises:
+        CaseError: if names or shapes differ, or a value is not finite.
+    """
+    try:
+        state: dict[str, Tensor] = load_file(path)
+        model.load_state_dict(state, strict=True)
+    except (SafetensorError, OSError, RuntimeError) as cause:
+        first = " ".join(str(cause).split())[:200]
+        raise CaseError(f"weights {path} do not fit the model ({first}); train them again.") from cause
+    if not all(bool(torch.isfinite(v).all()) for v in state.values() if v.is_floating_point()):
+        raise CaseError(f"weights {path} hold values that are not finite; train them again.")
+
+
+def state_sha256(model: nn.Module) -> str:
+    """SHA-256 over names, types, shapes and values of a model's state; for models without a file."""
+    sha = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if isinstance(value, Tensor):
+            plain = value.detach().cpu().contiguous()
+            sha.update(f"{name}|{plain.dtype}|{tuple(plain.shape)}".encode())
+            sha.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
