@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from robustdeq.errors import CaseError
+from robustdeq.files import write_atomically
 from robustdeq.keys import canonical, canonical_json, file_sha256
 
 FORMAT = 1
@@ -47,21 +46,6 @@ def save_weights(model: nn.Module, info: WeightsInfo, path: Path) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, payload)
     return file_sha256(path)
-
-
-def write_atomically(path: Path, payload: bytes) -> None:
-    """Write, sync and rename, so that no reader ever meets half a file."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(payload)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def read_info(path: Path) -> WeightsInfo:

@@ -14,8 +14,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from robustdeq.equilibrium.solution import Map, Solve, relative_residual
+from robustdeq.equilibrium.solution import Map, Solve, residual_of
 from robustdeq.errors import UsageError
+
+_WORTH_GATHERING = 2**14
+"""Numbers in the working states above which dropping finished rows pays for the gathers."""
 
 
 class Method(ABC):
@@ -74,7 +77,11 @@ class Solver(ABC):
 
 
 class _Run:
-    """One solve: the working rows, and the answers of the rows that have left."""
+    """One solve: the working rows, and the answers of the rows that have left.
+
+    Small models spend their time in the overhead of operations, not in the cell, hence the care:
+    nothing is masked until the first row is done, and nothing is gathered for small states.
+    """
 
     def __init__(
         self, solver: Solver, f: Map, start: Tensor, compact: bool, keep_states: bool
@@ -85,57 +92,77 @@ class _Run:
         batch = start.shape[0]
         self.z = start.detach().reshape(batch, -1)
         self.rows: Tensor | None = None
+        self.remaining = batch
         self.open = torch.ones(batch, dtype=torch.bool, device=start.device)
         self.best = self.z
-        self.least = self.z.new_full((batch,), torch.inf)
+        self.gap = self.z.new_full((batch,), torch.inf)
+        self.norm = self.z.new_ones((batch,))
         self.steps = torch.zeros(batch, dtype=torch.long, device=start.device)
-        self.answer = (self.best, self.least, self.steps)
+        self.answer = self._current()
         self.states: list[Tensor] | None = [start] if keep_states else None
 
     def solve(self) -> Solve:
         for step in range(self.solver.max_steps):
             fz = self.f(self.z.view(-1, *self.shape), step, self.rows).flatten(1)
             self._observe(fz)
-            remaining = int(self.open.sum()) if self.solver.tolerance > 0 else len(self.open)
-            if remaining == 0 or step + 1 == self.solver.max_steps:
+            if self.remaining == 0 or step + 1 == self.solver.max_steps:
                 break
-            following = self.method.advance(self.z, fz)
-            self.z = torch.where(self.open[:, None], following, self.z)
-            if self.compact and 2 * remaining <= len(self.open):
+            if self.method.returns_best:
+                following = self.method.advance(self.z, fz)
+                self.z = self._where_open(following, self.z)
+            else:
+                self.z = self.best
+            size = self.z.numel()
+            if self.compact and 2 * self.remaining <= len(self.open) and size > _WORTH_GATHERING:
                 self._drop_finished()
-        z, residual, steps = self._gathered()
+        z, gap, norm, steps = self._gathered()
         states = tuple(self.states) if self.states is not None else ()
-        return Solve(z.view(-1, *self.shape), residual, steps, states)
+        return Solve(z.view(-1, *self.shape), residual_of(gap, norm), steps, states)
 
     def _observe(self, fz: Tensor) -> None:
         """Take the residual of the current iterate, and close the rows that meet the tolerance."""
-        residual = relative_residual(fz, self.z)
-        self.steps = self.steps + self.open
+        gap = torch.linalg.vector_norm(fz - self.z, dim=1)
+        norm = torch.linalg.vector_norm(fz, dim=1)
+        self.steps += self.open
         if self.method.returns_best:
-            better = self.open & (residual < self.least)
+            residual = residual_of(gap, norm)
+            better = self.open & (residual < self.gap / self.norm)
             self.best = torch.where(better[:, None], self.z, self.best)
-            self.least = torch.where(better, residual, self.least)
+            self.gap = torch.where(better, residual, self.gap)
         else:
-            self.best = torch.where(self.open[:, None], self.method.advance(self.z, fz), self.best)
-            self.least = torch.where(self.open, residual, self.least)
+            self.best = self._where_open(self.method.advance(self.z, fz), self.best)
+            self.gap = self._where_open(gap, self.gap)
+            self.norm = self._where_open(norm, self.norm)
         if self.solver.tolerance > 0:
-            self.open = self.open & ~(residual <= self.solver.tolerance)
+            # A NaN closes its row too: no method recovers from one.
+            self.open = self.open & (gap > self.solver.tolerance * norm)
+            self.remaining = int(self.open.sum())
         if self.states is not None:
             self.states.append(self.best.view(-1, *self.shape))
+
+    def _where_open(self, new: Tensor, old: Tensor) -> Tensor:
+        if self.remaining == len(self.open):
+            return new
+        mask = self.open if new.dim() == 1 else self.open[:, None]
+        return torch.where(mask, new, old)
 
     def _drop_finished(self) -> None:
         self.answer = self._gathered()
         live = self.open.nonzero().squeeze(1)
         self.rows = live if self.rows is None else self.rows[live]
-        self.z, self.best, self.least = self.z[live], self.best[live], self.least[live]
+        self.z, self.best = self.z[live], self.best[live]
+        self.gap, self.norm = self.gap[live], self.norm[live]
         self.steps, self.open = self.steps[live], self.open[live]
         self.method.keep(live)
 
-    def _gathered(self) -> tuple[Tensor, Tensor, Tensor]:
-        current = (self.best, self.least, self.steps)
+    def _current(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.best, self.gap, self.norm, self.steps
+
+    def _gathered(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if self.rows is None:
-            return current
-        return tuple(  # type: ignore[return-value]
+            return self._current()
+        z, gap, norm, steps = (
             whole.index_copy(0, self.rows, part)
-            for whole, part in zip(self.answer, current, strict=True)
+            for whole, part in zip(self.answer, self._current(), strict=True)
         )
+        return z, gap, norm, steps

@@ -76,7 +76,11 @@ def _take(injection: Injection, rows: Tensor) -> Injection:
 def relative_residual(fz: Tensor, z: Tensor) -> PerSample:
     """|f(z) - z| / |f(z)| per sample; infinite where that is not a number."""
     flat = fz.flatten(1)
-    norm = torch.linalg.vector_norm(flat, dim=1)
     gap = torch.linalg.vector_norm(flat - z.flatten(1), dim=1)
-    residual = gap / norm.clamp_min(torch.finfo(flat.dtype).tiny)
+    return residual_of(gap, torch.linalg.vector_norm(flat, dim=1))
+
+
+def residual_of(gap: PerSample, norm: PerSample) -> PerSample:
+    """gap / norm, 0 where both are 0 and infinite where that is not a number."""
+    residual = gap / norm.clamp_min(torch.finfo(norm.dtype).tiny)
     return torch.nan_to_num(residual, nan=torch.inf, posinf=torch.inf)

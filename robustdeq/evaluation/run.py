@@ -1,0 +1,233 @@
+"""Runs a suite: cases to records, records to verdicts, verdicts to the files of a run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import robustdeq
+from robustdeq.datasets import Slice, load_slice
+from robustdeq.errors import UsageError
+from robustdeq.evaluation.local import Message, Plan, Task, default_workers, run_tasks
+from robustdeq.evaluation.provenance import core_digest, environment, machine
+from robustdeq.evaluation.subject import chunk_count, described_case, pick_device, weights_source
+from robustdeq.files import make_folder, write_atomically
+from robustdeq.keys import canonical, digest
+from robustdeq.records import Record, Store
+from robustdeq.report import write_tables
+from robustdeq.suite import Case, Suite, as_data, attacks_of, expand
+from robustdeq.verdict import Evidence, Failure, Verdict, judge_evidence
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a suite is run; none of these changes a figure.
+
+    Attributes:
+        out: the folder under which `<suite>/` is made.
+        device: "auto", "cpu", "cuda", "cuda:1".
+        batch_size: most rows in one forward pass; None for whole chunks.
+        workers: processes at a time; None for one per core (one on an accelerator).
+        weights: a folder that is looked in first for weights.
+    """
+
+    out: Path
+    device: str = "auto"
+    batch_size: int | None = None
+    workers: int | None = None
+    weights: Path | None = None
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Progress of a run, for a display: stages done of those known, and a row when it is ready."""
+
+    done: int
+    total: int
+    label: str = ""
+    verdict: Verdict | None = None
+
+
+@dataclass(eq=False)
+class _Row:
+    """A case on its way: what its chunks have given so far."""
+
+    case: Case
+    n: int
+    chunks: int
+    described: dict[str, Any]
+    keys: dict[int, list[str]] = field(default_factory=dict)
+    expected: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    failures: list[Failure] = field(default_factory=list)
+    open: int = 0
+
+    def evidence(self, read: Callable[[str], Record | None]) -> Evidence:
+        held = [read(key) for number in sorted(self.keys) for key in self.keys[number]]
+        return Evidence(
+            case=self.described,
+            chunks=self.chunks,
+            expected=self.expected,
+            records=tuple(record for record in held if record is not None),
+            failures=tuple(self.failures),
+        )
+
+
+def run_suite(
+    suite: Suite, options: Options, tick: Callable[[Tick], None] = lambda tick: None
+) -> list[Verdict]:
+    """Run a suite; what records exist already is not computed again.
+
+    Leaves `<out>/<suite>/` with `records/`, `run.json`, `table.csv` and `table.md`; the tables are
+    written anew whenever a row is finished.
+
+    Raises:
+        UsageError: if data are missing, or something in the suite or on the machine is not there.
+    """
+    device = pick_device(options.device)
+    if options.batch_size is not None and options.batch_size < 1:
+        raise UsageError(f"--batch-size is {options.batch_size}; give at least 1.")
+    folder = options.out / suite.name
+    run = _Running(suite, options, device, folder, tick)
+    run.go()
+    return run.verdicts
+
+
+class _Running:
+    def __init__(
+        self,
+        suite: Suite,
+        options: Options,
+        device: torch.device,
+        folder: Path,
+        tick: Callable[[Tick], None],
+    ) -> None:
+        self.suite, self.options, self.device, self.folder = suite, options, device, folder
+        self.attacks = attacks_of(suite)
+        slices: dict[str, Slice] = {}
+        for dataset in suite.datasets:
+            slices[dataset.name] = load_slice(dataset.name, "test", dataset.samples or None)
+        self.slices = slices
+        make_folder(folder / "records")
+        self.store = Store(folder / "records")
+        self.rows = [self._row(case) for case in expand(suite)]
+        self.tick, self.done = tick, 0
+        self.verdicts: list[Verdict] = []
+        # Until a chunk has said which stages apply to it, all are counted.
+        per_chunk = 2 + sum(len(entry.gradients) for entry in self.attacks)
+        self.totals = {(r, c): per_chunk for r, row in enumerate(self.rows) for c in range(row.chunks)}
+
+    def _row(self, case: Case) -> _Row:
+        n = len(self.slices[case.dataset.name])
+        chunks = chunk_count(n, case.chunk)
+        return _Row(case, n, chunks, described_case(case, n), open=chunks)
+
+    def go(self) -> None:
+        workers = self.options.workers or default_workers(self.device)
+        try:
+            for message in run_tasks(self._tasks(), workers, self._planned):
+                self._take(message)
+        finally:
+            self._publish()
+
+    def _tasks(self) -> list[Task]:
+        source = weights_source(self.suite, self.options.weights)
+        return [
+            Task(
+                row=index,
+                number=number,
+                case=row.case,
+                data=self.slices[row.case.dataset.name],
+                attacks=self.attacks,
+                source=source,
+                records=self.store.folder,
+                device=str(self.device),
+                batch_size=self.options.batch_size,
+            )
+            for index, row in enumerate(self.rows)
+            for number in range(row.chunks)
+        ]
+
+    def _planned(self, task: Task, plan: Plan) -> None:
+        row = self.rows[task.row]
+        row.described = dict(plan.case)
+        row.expected[task.number] = plan.labels
+        self.totals[task.row, task.number] = len(plan.labels) + (2 if task.number == 0 else 1)
+
+    def _take(self, message: Message) -> None:
+        row, event = self.rows[message.task.row], message.event
+        if event.kind in ("computed", "resumed"):
+            row.keys.setdefault(message.task.number, []).append(event.key)
+            self.done += 1
+        elif event.kind == "failed":
+            row.failures.append(Failure(event.label, message.task.number, event.reason))
+            self.done += 1
+        verdict = None
+        if event.kind == "finished" or (event.kind == "failed" and self._closes(message)):
+            row.open -= 1
+            if row.open == 0:
+                verdict = judge_evidence(row.evidence(self.store.read))
+                self._publish()
+        total = max(sum(self.totals.values()), self.done)
+        self.tick(Tick(self.done, total, f"{row.case.entry.id} {event.label}".strip(), verdict))
+
+    def _closes(self, message: Message) -> bool:
+        """Whether a failure ended its task: it has no stage, or its process died in that stage."""
+        return not message.event.key
+
+    def _publish(self) -> None:
+        evidences = [row.evidence(self.store.read) for row in self.rows]
+        self.verdicts = [judge_evidence(evidence) for evidence in evidences]
+        write_atomically(self.folder / "run.json", self._provenance().encode())
+        write_tables(self.folder, self.suite.name, self.verdicts)
+
+    def _provenance(self) -> str:
+        """`run.json`: what was run, where, and which records make up each row."""
+        data = {
+            "format": FORMAT,
+            "robustdeq": robustdeq.__version__,
+            "suite": as_data(self.suite),
+            "suite_digest": digest(as_data(self.suite)),
+            "seed": self.suite.seed,
+            "environment": environment(self.device, torch.float32),
+            "machine": machine(self.device),
+            "core": core_digest(),
+            "git": git_state(),
+            "rows": [
+                {
+                    "case": row.described,
+                    "chunks": row.chunks,
+                    "expected": {str(k): list(v) for k, v in sorted(row.expected.items())},
+                    "records": {str(k): v for k, v in sorted(row.keys.items())},
+                    "failures": [asdict(f) for f in row.failures],
+                }
+                for row in self.rows
+            ],
+        }
+        return json.dumps(canonical(data), indent=1, sort_keys=True) + "\n"
+
+
+def git_state() -> dict[str, Any]:
+    """Commit and cleanliness of the checkout that the package runs from, if it is one."""
+    folder = Path(robustdeq.__file__).resolve().parent.parent
+    if not (folder / ".git").exists():
+        return {}
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        return {"commit": commit, "dirty": bool(_git(folder, "status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=10
+    )
+    return done.stdout.strip()

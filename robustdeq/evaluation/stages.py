@@ -1,0 +1,100 @@
+"""The stages of one chunk: clean, checks, then the attacks in order; each gives one record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from robustdeq.equilibrium import Honest, parse_gradient
+from robustdeq.errors import UsageError
+from robustdeq.evaluation.provenance import source_digest
+from robustdeq.interfaces import Attack, Scope, option
+from robustdeq.records import Kind
+from robustdeq.registry import load, parameters_of
+from robustdeq.suite import AttackEntry
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """One step of a chunk's evaluation.
+
+    Attributes:
+        label: its name in tables, as in "pgd[unrolled(30)]"; unique within a case.
+        plugin: the attack; None for the other kinds.
+        track: which models it is for: any, deterministic or randomized.
+    """
+
+    kind: Kind
+    label: str
+    plugin: Attack | None = None
+    gradient: str = "honest"
+    value: str = "deployed"
+    track: str = "any"
+    spec: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def scope(self) -> Scope:
+        """Which samples it is given."""
+        return Scope(option(self.plugin, "scope", Scope.SURVIVORS))
+
+    def fits(self, track: str, iterates: bool) -> bool:
+        """Whether the stage applies to such a model."""
+        honest = isinstance(parse_gradient(self.gradient), Honest)
+        return self.track in ("any", track) and (iterates or honest)
+
+
+CLEAN = Stage("clean", "clean")
+CHECKS = Stage("checks", "checks")
+
+
+def attack_stages(entries: tuple[AttackEntry, ...]) -> tuple[Stage, ...]:
+    """The stages of a list of attacks: one per attack and gradient, in order."""
+    stages: list[Stage] = []
+    for entry in entries:
+        plugin = load("attack", entry.attack, entry.parameters)
+        stages += [
+            attack_stage(plugin, entry.attack, gradient, entry.value, entry.track)
+            for gradient in entry.gradients
+        ]
+    return unique(stages)
+
+
+def attack_stage(
+    plugin: Attack,
+    name: str,
+    gradient: str = "honest",
+    value: str = "deployed",
+    track: str = "any",
+) -> Stage:
+    """The stage of one attack through one gradient.
+
+    Raises:
+        UsageError: if the object is no attack.
+    """
+    if not callable(getattr(plugin, "run", None)) or not hasattr(plugin, "needs"):
+        raise UsageError(f"{name} is no attack: it lacks 'needs' or 'run(target, x, y, threat, rng)'.")
+    spec = {
+        "attack": name,
+        "parameters": parameters_of(plugin),
+        "gradient": gradient,
+        "value": value,
+        "needs": str(plugin.needs),
+        "source": source_digest(plugin),
+    }
+    label = name if gradient == "honest" else f"{name}[{gradient}]"
+    return Stage("attack", label, plugin, gradient, value, track, spec)
+
+
+def unique(stages: list[Stage]) -> tuple[Stage, ...]:
+    """The same stages, with a number behind labels that repeat."""
+    seen: dict[str, int] = {}
+    out = []
+    for stage in stages:
+        # Versions for different tracks never meet in one row, so they may share a label.
+        name = f"{stage.label}|{stage.track}"
+        seen[name] = seen.get(name, 0) + 1
+        label = stage.label if seen[name] == 1 else f"{stage.label}#{seen[name]}"
+        out.append(
+            Stage("attack", label, stage.plugin, stage.gradient, stage.value, stage.track, stage.spec)
+        )
+    return tuple(out)

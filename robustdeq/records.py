@@ -1,0 +1,219 @@
+"""Records: what a run leaves behind, one Parquet file per stage of a chunk. Knows no torch.
+
+Three kinds. `clean`: the deployed predictor on the clean inputs. `attack`: the same inputs after
+one attack through one gradient. `checks`: measurements of the honesty checks. The first two hold a
+row per sample of the chunk, the third a row per check; what holds for the whole file is JSON in the
+Parquet metadata. Resume, tables and reports derive from these files alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from robustdeq.errors import UsageError
+from robustdeq.files import make_folder, write_atomically
+from robustdeq.keys import canonical_json
+
+FORMAT = 1
+Kind = Literal["clean", "attack", "checks"]
+
+SAMPLE_SCHEMA = pa.schema(
+    [
+        ("index", pa.int64()),
+        ("label", pa.int64()),
+        ("clean_prediction", pa.int64()),  # -1: the logits are not finite
+        ("clean_correct", pa.bool_()),
+        ("clean_votes", pa.float64()),  # share of the judge's draws that are right
+        ("clean_residual", pa.float64()),  # null: the model has no solve
+        ("clean_steps", pa.int64()),
+        ("status", pa.string()),  # see Status
+        ("adversarial_prediction", pa.int64()),
+        ("adversarial_correct", pa.bool_()),
+        ("adversarial_votes", pa.float64()),
+        ("adversarial_residual", pa.float64()),
+        ("adversarial_steps", pa.int64()),
+        ("adjoint_residual", pa.float64()),
+        ("distance", pa.float64()),
+        ("made_by", pa.string()),
+        ("forward_nfe", pa.float64()),  # this sample's share of the stage
+        ("backward_nfe", pa.float64()),
+        ("seconds", pa.float64()),
+        ("adversarial", pa.binary()),  # float32 pixels, only where the sample is broken
+    ]
+)
+CHECK_SCHEMA = pa.schema(
+    [
+        ("name", pa.string()),
+        ("value", pa.float64()),
+        ("threshold", pa.float64()),
+        ("n", pa.int64()),
+        ("status", pa.string()),  # passed, failed or skipped
+    ]
+)
+_TIMES = ["seconds"]
+
+
+class Status:
+    """The words of the column `status`."""
+
+    OK = "ok"
+    """Attacked; the candidate was admissible and was judged."""
+    MISCLASSIFIED = "misclassified"
+    """Wrong without an attack."""
+    BROKEN_BEFORE = "broken_before"
+    """Not attacked: an earlier attack had broken it."""
+    CLEAN = "clean"
+    """A row of a clean record."""
+    # Violations of the threat stand under the names of `threats.Violation`.
+
+
+@dataclass(frozen=True)
+class RecordMeta:
+    """What holds for a whole record.
+
+    Attributes:
+        key: content key of the stage; the file's name.
+        kind: see the module's text.
+        case: the case in full, as JSON data; `case_key` is its digest.
+        stage: attack, its parameters, gradient and source digest; empty for other kinds.
+        label: short name of the stage, as in "pgd[unrolled(30)]".
+        chunk: number of the chunk, from 0.
+        track: "deterministic" or "randomized", as measured on this chunk.
+        notes: what the attack had to leave out.
+        forward_nfe, backward_nfe, seconds, peak_memory_mib: cost of the stage in all.
+        environment: device, dtype and versions it was computed with.
+        consumed: content digests of the records that this one depends on.
+    """
+
+    key: str
+    kind: Kind
+    case: dict[str, Any]
+    case_key: str
+    stage: dict[str, Any]
+    label: str
+    chunk: int
+    track: str
+    notes: tuple[str, ...] = ()
+    forward_nfe: int = 0
+    backward_nfe: int = 0
+    seconds: float = 0.0
+    peak_memory_mib: float = 0.0
+    environment: dict[str, Any] = field(default_factory=dict)
+    consumed: tuple[str, ...] = ()
+    format: int = FORMAT
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """One record in memory."""
+
+    meta: RecordMeta
+    rows: pd.DataFrame
+
+    @property
+    def content_digest(self) -> str:
+        """SHA-256 over everything but costs: equal for equal results, whenever computed."""
+        sha = hashlib.sha256(self.meta.key.encode())
+        for column in self.rows.columns.difference([*_TIMES, "forward_nfe", "backward_nfe"]):
+            sha.update(column.encode())
+            for value in self.rows[column]:
+                sha.update(value if isinstance(value, bytes) else repr(_plain(value)).encode())
+        return sha.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value)):
+        return None
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def sample_frame(columns: Mapping[str, Any], n: int) -> pd.DataFrame:
+    """A frame of `SAMPLE_SCHEMA` with `n` rows; columns that are not given are null."""
+    full = {name: columns.get(name, [None] * n) for name in SAMPLE_SCHEMA.names}
+    return _frame(full, SAMPLE_SCHEMA)
+
+
+def check_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """A frame of `CHECK_SCHEMA`."""
+    return _frame({n: [row[n] for row in rows] for n in CHECK_SCHEMA.names}, CHECK_SCHEMA)
+
+
+def _frame(columns: Mapping[str, Any], schema: pa.Schema) -> pd.DataFrame:
+    arrays = [pa.array(_list(columns[f.name]), type=f.type, from_pandas=True) for f in schema]
+    return _to_pandas(pa.Table.from_arrays(arrays, schema=schema))
+
+
+def _list(values: Any) -> list[Any]:
+    return list(values.tolist() if isinstance(values, np.ndarray) else values)
+
+
+def _to_pandas(table: pa.Table) -> pd.DataFrame:
+    """Nullable types, so that a missing count is missing and not a float."""
+    nullable = {pa.int64(): pd.Int64Dtype(), pa.bool_(): pd.BooleanDtype()}
+    frame: pd.DataFrame = table.to_pandas(types_mapper=nullable.get)
+    return frame
+
+
+class Store:
+    """A folder of records, named by their keys."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, key: str) -> Path:
+        """Where the record of a key is."""
+        return self.folder / f"{key}.parquet"
+
+    def write(self, record: Record) -> None:
+        """Store a record atomically."""
+        make_folder(self.folder)
+        schema = CHECK_SCHEMA if record.meta.kind == "checks" else SAMPLE_SCHEMA
+        table = pa.Table.from_pandas(record.rows, schema=schema, preserve_index=False)
+        text = canonical_json(asdict(record.meta))
+        table = table.replace_schema_metadata({b"robustdeq": text.encode()})
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
+        write_atomically(self.path(record.meta.key), buffer.getvalue())
+
+    def read(self, key: str) -> Record | None:
+        """The record of a key, or None where there is none that can be trusted.
+
+        A file that cannot be read, or holds another key, counts as absent: it is computed afresh.
+
+        Raises:
+            UsageError: if it was written by a newer version of RobustDEQ.
+        """
+        path = self.path(key)
+        try:
+            table = pq.read_table(path, page_checksum_verification=True)
+            data = json.loads((table.schema.metadata or {})[b"robustdeq"])
+        except FileNotFoundError:
+            return None
+        except (OSError, pa.ArrowException, KeyError, ValueError):
+            return None
+        if data.get("format", 0) > FORMAT:
+            raise UsageError(
+                f"record {path} is of format {data['format']}, newer than this version reads "
+                f"({FORMAT}); use a newer RobustDEQ, or another --out."
+            )
+        if data.get("format") != FORMAT or data.get("key") != key:
+            return None
+        meta = RecordMeta(
+            **{
+                **data,
+                "notes": tuple(data["notes"]),
+                "consumed": tuple(data["consumed"]),
+            }
+        )
+        return Record(meta, _to_pandas(table))

@@ -1,0 +1,289 @@
+"""Suites: TOML files that say what is evaluated, and the cases they expand to."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from robustdeq.datasets import check_dataset
+from robustdeq.equilibrium import parse_gradient
+from robustdeq.errors import UsageError, unknown
+from robustdeq.registry import load, parameters_of
+from robustdeq.threats import Threat
+
+FORMAT = 1
+Track = Literal["any", "deterministic", "randomized"]
+BATTERIES = "batteries"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetEntry:
+    """A data set and how many of its first test samples are evaluated (0: all)."""
+
+    name: str
+    samples: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackEntry:
+    """An attack, its parameters, and the gradients it is run through, each on its own.
+
+    `track` restricts it to deterministic or to randomized models. A gradient that differentiates
+    through a solve is skipped, with a note, on models that have none.
+    """
+
+    attack: str
+    parameters: dict[str, Any] = field(default_factory=dict)
+    gradients: tuple[str, ...] = ("honest",)
+    value: Literal["deployed", "surrogate"] = "deployed"
+    track: Track = "any"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How weights came to be: enough for `robustdeq train` to make them again."""
+
+    recipe: str
+    parameters: dict[str, Any] = field(default_factory=dict)
+    threat: str = ""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DefenseEntry:
+    """A row: a registered defense with parameters and weights.
+
+    Attributes:
+        id: the row's ID, RobustBench style.
+        weights: file name, looked for beside the suite, in `--weights` and in the package; empty
+            where the plugin's `build` returns a finished model.
+        sha256: of that file; empty only where there is no file.
+        dataset: the data set it belongs to; empty where the suite has one only.
+        threats: the threats it is evaluated under; empty means all of the suite.
+        training: how the weights were trained, for the check of their metadata.
+    """
+
+    id: str
+    defense: str
+    parameters: dict[str, Any] = field(default_factory=dict)
+    weights: str = ""
+    sha256: str = ""
+    dataset: str = ""
+    threats: tuple[str, ...] = ()
+    training: Training | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """A parsed suite; `folder` is where its file stands."""
+
+    name: str
+    datasets: tuple[DatasetEntry, ...]
+    threats: tuple[str, ...]
+    defenses: tuple[DefenseEntry, ...]
+    attacks: tuple[AttackEntry, ...] = ()
+    battery: str = ""
+    description: str = ""
+    seed: int = 0
+    chunk: int = 100
+    format: int = FORMAT
+    folder: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One row's work: a defense on a slice of data under a threat."""
+
+    entry: DefenseEntry
+    dataset: DatasetEntry
+    threat: Threat
+    seed: int
+    chunk: int
+
+
+def suite_names() -> list[str]:
+    """The suites that ship with the package."""
+    folder = resources.files("robustdeq.leaderboards")
+    names = [f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")]
+    return sorted(name for name in names if name != BATTERIES)
+
+
+def find_suite(name: str) -> Suite:
+    """A suite by name, or by the path of its TOML file.
+
+    Raises:
+        UsageError: if there is none, or it is malformed.
+    """
+    path = Path(name)
+    if name.endswith(".toml") or "/" in name:
+        if not path.is_file():
+            raise UsageError(f"suite file {name} does not exist; give a path, or one of {suite_names()}.")
+        return parse_suite(path.read_text(encoding="utf-8"), name, path.resolve().parent)
+    if name not in suite_names():
+        raise unknown("suite", name, suite_names())
+    text = (resources.files("robustdeq.leaderboards") / f"{name}.toml").read_text(encoding="utf-8")
+    return parse_suite(text, name, None)
+
+
+def battery(name: str) -> tuple[AttackEntry, ...]:
+    """A named list of attacks.
+
+    Raises:
+        UsageError: for an unknown name.
+    """
+    file = resources.files("robustdeq.leaderboards") / f"{BATTERIES}.toml"
+    lists = tomllib.loads(file.read_text(encoding="utf-8"))
+    if name not in lists:
+        raise unknown("battery", name, lists)
+    return tuple(_entry(AttackEntry, item, f"battery {name}") for item in lists[name])
+
+
+def parse_suite(text: str, source: str, folder: Path | None) -> Suite:
+    """A suite from TOML text; everything that it names is looked up.
+
+    Raises:
+        UsageError: naming the first thing that is wrong.
+    """
+    where = f"suite {source}"
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as cause:
+        raise UsageError(f"{where} is not valid TOML ({cause}).") from cause
+    if data.get("format", FORMAT) != FORMAT:
+        raise UsageError(f"{where} is of format {data['format']}, this version reads {FORMAT}.")
+    data = dict(data)
+    for key, cls in (("datasets", DatasetEntry), ("attacks", AttackEntry), ("defenses", DefenseEntry)):
+        items = data.get(key, [])
+        if not isinstance(items, list):
+            raise UsageError(f"{where}: {key} is no list of tables; write [[{key}]].")
+        data[key] = [_entry(cls, item, f"{where}, {key}") for item in items]
+    suite: Suite = _entry(Suite, {**data, "folder": folder}, where)
+    _check(suite, where)
+    return suite
+
+
+def adjusted(suite: Suite, samples: int | None, battery_name: str | None) -> Suite:
+    """The suite with the command line's number of samples and battery in place of its own."""
+    if samples is not None:
+        if samples < 1:
+            raise UsageError(f"--samples is {samples}; give at least 1.")
+        suite = replace(suite, datasets=tuple(replace(d, samples=samples) for d in suite.datasets))
+    if battery_name is not None:
+        battery(battery_name)
+        suite = replace(suite, battery=battery_name, attacks=())
+    return suite
+
+
+def attacks_of(suite: Suite) -> tuple[AttackEntry, ...]:
+    """All attacks of a suite, its battery's first, with their parameters resolved."""
+    listed = (*(battery(suite.battery) if suite.battery else ()), *suite.attacks)
+    return tuple(resolved(entry) for entry in listed)
+
+
+def resolved(entry: AttackEntry) -> AttackEntry:
+    """The entry with the attack's defaults filled in, so that keys do not depend on what was left out.
+
+    Raises:
+        UsageError: for an unknown attack, parameter or gradient.
+    """
+    plugin = load("attack", entry.attack, entry.parameters)
+    gradients = tuple(str(parse_gradient(text)) for text in entry.gradients)
+    return replace(entry, parameters=parameters_of(plugin), gradients=gradients)
+
+
+def expand(suite: Suite) -> list[Case]:
+    """The cases of a suite, in the order of its file."""
+    cases = []
+    for dataset in suite.datasets:
+        for entry in suite.defenses:
+            if entry.dataset not in ("", dataset.name):
+                continue
+            for threat in entry.threats or suite.threats:
+                cases.append(
+                    Case(
+                        entry=entry,
+                        dataset=dataset,
+                        threat=Threat.parse(threat),
+                        seed=suite.seed,
+                        chunk=suite.chunk,
+                    )
+                )
+    return cases
+
+
+def as_data(suite: Suite) -> dict[str, Any]:
+    """The suite as JSON data."""
+    data = asdict(suite)
+    data.pop("folder")
+    return data
+
+
+def _check(suite: Suite, where: str) -> None:
+    for part in ("datasets", "threats", "defenses"):
+        if not getattr(suite, part):
+            raise UsageError(f"{where} lists no {part}; name at least one.")
+    if suite.chunk < 1:
+        raise UsageError(f"{where} has chunk = {suite.chunk}; give at least 1.")
+    if not attacks_of(suite):
+        raise UsageError(f"{where} lists no attacks; name a battery or [[attacks]].")
+    for dataset in suite.datasets:
+        check_dataset(dataset.name)
+    ids = [entry.id for entry in suite.defenses]
+    for entry in suite.defenses:
+        load("defense", entry.defense, entry.parameters)
+        if entry.training is not None:
+            load("recipe", entry.training.recipe, entry.training.parameters)
+        if entry.dataset and entry.dataset not in [d.name for d in suite.datasets]:
+            raise UsageError(f"{where}: row {entry.id} names data set {entry.dataset!r}, which the suite lacks.")
+        twins = [e for e in suite.defenses if e.id == entry.id and e.dataset == entry.dataset]
+        if len(twins) > 1 and len({str(e.threats) for e in twins}) < len(twins):
+            raise UsageError(f"{where} has {ids.count(entry.id)} rows {entry.id}; give each its own id.")
+    for text in (*suite.threats, *(t for e in suite.defenses for t in e.threats)):
+        Threat.parse(text)
+
+
+def _entry(cls: type[T], item: Any, where: str) -> T:
+    """A dataclass from a TOML table; unknown and missing keys are refused."""
+    if not isinstance(item, Mapping):
+        raise UsageError(f"{where}: {item!r} is no table.")
+    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for key, value in item.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, list(known), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(known)}."
+            raise UsageError(f"{where}: unknown key {key!r}; {hint}")
+        values[key] = _value(key, value, str(known[key].type), where)
+    try:
+        return cls(**values)
+    except TypeError as cause:
+        missing = str(cause).split("argument", 1)[-1].strip(" s:")
+        raise UsageError(f"{where}: {missing} is missing.") from cause
+
+
+_PLAIN: dict[str, type] = {"str": str, "int": int}
+
+
+def _value(key: str, value: Any, kind: str, where: str) -> Any:
+    if key == "training":
+        return _entry(Training, value, f"{where}, training")
+    wanted = _PLAIN.get(kind)
+    if wanted is not None and (not isinstance(value, wanted) or isinstance(value, bool)):
+        raise UsageError(f"{where}: {key} is {value!r}; give {'text' if wanted is str else 'a whole number'}.")
+    if kind.startswith("tuple"):
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise UsageError(f"{where}: {key} is {value!r}; give a list.")
+        return tuple(value)
+    if kind.startswith("dict") and not isinstance(value, Mapping):
+        raise UsageError(f"{where}: {key} is {value!r}; give a table.")
+    if kind == "Track" and value not in ("any", "deterministic", "randomized"):
+        raise UsageError(f"{where}: track is {value!r}; give any, deterministic or randomized.")
+    if kind.startswith("Literal") and value not in ("deployed", "surrogate"):
+        raise UsageError(f"{where}: {key} is {value!r}; give deployed or surrogate.")
+    return value

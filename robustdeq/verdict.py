@@ -1,0 +1,294 @@
+"""From the records of one case to its verdict. Knows no torch.
+
+The rule: a sample is robust if it is classified correctly and no attack through any gradient broke
+it; the robust accuracy is the mean of that, never a minimum of averages. A stage that failed or is
+missing leaves no robust accuracy at all: what was not attacked is never counted as robust.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import pandas as pd
+from statsmodels.stats.proportion import proportion_confint
+
+from robustdeq.records import Record, Status
+
+BLACK_BOX_GAIN = 0.02
+"""Share of samples that only a black-box attack broke, from which gradients are doubted."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A stage that gave no record: its label, its chunk (-1: the whole case), one sentence."""
+
+    label: str
+    chunk: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """Everything that a row is computed from.
+
+    Attributes:
+        case: the case as JSON data: id, defense, dataset, threat, n, weights_sha256, ...
+        chunks: how many chunks the case has.
+        expected: labels of the attack stages per chunk number, as far as chunks have begun.
+    """
+
+    case: dict[str, Any]
+    chunks: int
+    expected: dict[int, tuple[str, ...]]
+    records: tuple[Record, ...] = ()
+    failures: tuple[Failure, ...] = ()
+
+
+@dataclass(eq=False)
+class Verdict:
+    """One row. Accuracies are fractions in [0, 1], or None where they could not be measured.
+
+    Attributes:
+        clean_acc: accuracy of the deployed predictor without an attack.
+        autoattack_acc: accuracy after AutoAttack (standard, or rand for randomized models) alone.
+        robust_acc: worst case per sample over all attacks and gradients.
+        robust_low, robust_high: 95 % Wilson interval of `robust_acc`.
+        broken_by: how many samples each attack was the first to break.
+        flags: reasons to doubt the row, each with its number.
+        forward_nfe, backward_nfe: cell evaluations and vector-Jacobian products, in all (model
+            calls and backward passes, for models that do not iterate).
+        seconds: of computation, summed over chunks; `peak_memory_mib` is the largest of a stage.
+        status: "ok"; "failed" or "missing" (not computed yet), with the reason in `note`.
+        samples: a row per input: index, label, clean, robust, broken_by.
+        adversarials: float32 (n, channels, height, width): the example that first broke the
+            sample, else the clean input; from `robustdeq.evaluate` only.
+    """
+
+    id: str
+    defense: str
+    dataset: str
+    threat: str
+    n: int
+    clean_acc: float | None = None
+    autoattack_acc: float | None = None
+    robust_acc: float | None = None
+    robust_low: float | None = None
+    robust_high: float | None = None
+    broken_by: dict[str, int] = field(default_factory=dict)
+    flags: tuple[str, ...] = ()
+    forward_nfe: int = 0
+    backward_nfe: int = 0
+    seconds: float = 0.0
+    peak_memory_mib: float = 0.0
+    weights_sha256: str = ""
+    track: str = "deterministic"
+    status: str = "ok"
+    note: str = ""
+    rank: int | None = None
+    samples: pd.DataFrame = field(default_factory=pd.DataFrame, repr=False)
+    adversarials: Any = field(default=None, repr=False)
+
+    def __str__(self) -> str:
+        def percent(value: float | None) -> str:
+            return "n/a" if value is None else f"{100 * value:.2f}%"
+
+        parts = [
+            f"{self.id} on {self.dataset} ({self.n} samples), {self.threat}:",
+            f"clean {percent(self.clean_acc)},",
+            f"AutoAttack {percent(self.autoattack_acc)},",
+            f"robust {percent(self.robust_acc)}",
+        ]
+        if self.robust_low is not None and self.robust_high is not None:
+            parts.append(f"[{percent(self.robust_low)}, {percent(self.robust_high)}]")
+        if self.flags:
+            parts.append(f"flags: {', '.join(self.flags)}")
+        if self.note:
+            parts.append(f"({self.note})")
+        return " ".join(parts)
+
+    def as_row(self) -> dict[str, Any]:
+        """The scalar attributes, for a table."""
+        return {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name not in ("samples", "adversarials")
+        }
+
+
+def judge_evidence(evidence: Evidence) -> Verdict:
+    """The verdict on one case."""
+    case = evidence.case
+    verdict = Verdict(
+        id=case["id"],
+        defense=case["defense"],
+        dataset=case["dataset"],
+        threat=case["threat"],
+        n=case["n"],
+        weights_sha256=case.get("weights_sha256", ""),
+    )
+    clean = _joined(evidence, "clean")
+    attacks = {
+        label: _joined(evidence, "attack", label)
+        for label in dict.fromkeys(r.meta.label for r in _of(evidence, "attack"))
+    }
+    _add_costs(verdict, evidence.records)
+    if any(r.meta.track == "randomized" for r in evidence.records):
+        verdict.track = "randomized"
+    gaps = _gaps(evidence)
+    if len(clean) == case["n"]:
+        verdict.clean_acc = float(clean["clean_correct"].mean())
+        verdict.samples = _samples(clean, attacks)
+        verdict.broken_by = dict(Counter(verdict.samples["broken_by"].dropna()))
+        invalid = _unresolved(attacks, verdict.samples)
+        gaps += [f"{label} gave {n} non-finite examples" for label, n in invalid.items()]
+        if not gaps:
+            _add_accuracies(verdict, attacks, evidence)
+    verdict.flags = _flags(evidence, attacks, verdict)
+    if gaps:
+        verdict.status = "failed" if evidence.failures or verdict.samples.size else "missing"
+        verdict.note = "; ".join(dict.fromkeys(gaps))
+    return verdict
+
+
+def _of(evidence: Evidence, kind: str) -> list[Record]:
+    found = [r for r in evidence.records if r.meta.kind == kind]
+    return sorted(found, key=lambda r: r.meta.chunk)
+
+
+def _joined(evidence: Evidence, kind: str, label: str | None = None) -> pd.DataFrame:
+    parts = [r.rows for r in _of(evidence, kind) if label is None or r.meta.label == label]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def _gaps(evidence: Evidence) -> list[str]:
+    """What keeps the case from having a robust accuracy."""
+    gaps = [
+        f"{failure.label}: {failure.reason}" if failure.label else failure.reason
+        for failure in evidence.failures
+    ]
+    held = {(r.meta.chunk, r.meta.label) for r in _of(evidence, "attack")}
+    lacking = Counter(
+        label
+        for chunk, labels in evidence.expected.items()
+        for label in labels
+        if (chunk, label) not in held
+    )
+    if not gaps:
+        gaps = [f"{label} is missing for {count} chunks" for label, count in lacking.items()]
+    if not gaps and len(evidence.expected) < evidence.chunks:
+        gaps = [f"{len(evidence.expected)} of {evidence.chunks} chunks have begun"]
+    return gaps
+
+
+def _samples(clean: pd.DataFrame, attacks: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    table = clean[["index", "label"]].copy()
+    table["clean"] = clean["clean_correct"].astype(bool)
+    broken_by = pd.Series(None, index=clean["index"], dtype=object)
+    for label, rows in attacks.items():
+        broken = rows[_broken(rows)]
+        names = [f"{label}/{part}" if part else label for part in broken["made_by"].fillna("")]
+        first = pd.Series(names, index=broken["index"], dtype=object)
+        first = first[broken_by[first.index].isna()]
+        broken_by.loc[first.index] = first
+    table["broken_by"] = broken_by.to_numpy()
+    table["robust"] = table["clean"] & table["broken_by"].isna()
+    return table[["index", "label", "clean", "robust", "broken_by"]]
+
+
+def _broken(rows: pd.DataFrame) -> pd.Series:
+    """Samples that this attack turned from right to wrong, by the judge's word."""
+    return (
+        (rows["status"] == Status.OK)
+        & rows["clean_correct"].astype(bool)
+        & ~rows["adversarial_correct"].fillna(True).astype(bool)
+    )
+
+
+def _unresolved(attacks: dict[str, pd.DataFrame], samples: pd.DataFrame) -> Counter[str]:
+    """Surviving samples on which an attack returned something that is no number."""
+    robust = set(samples.loc[samples["robust"], "index"])
+    return Counter(
+        label
+        for label, rows in attacks.items()
+        for index in rows.loc[rows["status"] == "nonfinite", "index"]
+        if index in robust
+    )
+
+
+def _add_accuracies(
+    verdict: Verdict, attacks: dict[str, pd.DataFrame], evidence: Evidence
+) -> None:
+    robust = int(verdict.samples["robust"].sum())
+    verdict.robust_acc = robust / verdict.n
+    low, high = proportion_confint(robust, verdict.n, alpha=0.05, method="wilson")
+    verdict.robust_low, verdict.robust_high = float(low), float(high)
+    wanted = "rand" if verdict.track == "randomized" else "standard"
+    for label in _autoattack_labels(evidence, wanted):
+        rows = attacks[label]
+        if len(rows) == verdict.n:
+            correct = rows["clean_correct"].astype(bool) & ~_broken(rows)
+            verdict.autoattack_acc = float(correct.mean())
+            return
+
+
+def _autoattack_labels(evidence: Evidence, version: str) -> list[str]:
+    """Stages that ran AutoAttack itself, through the model's own gradient."""
+    return list(
+        dict.fromkeys(
+            r.meta.label
+            for r in _of(evidence, "attack")
+            if r.meta.stage.get("attack") == "autoattack"
+            and r.meta.stage.get("parameters", {}).get("version") == version
+            and r.meta.stage.get("gradient") == "honest"
+        )
+    )
+
+
+def _add_costs(verdict: Verdict, records: Sequence[Record]) -> None:
+    verdict.forward_nfe = sum(r.meta.forward_nfe for r in records)
+    verdict.backward_nfe = sum(r.meta.backward_nfe for r in records)
+    verdict.seconds = round(math.fsum(r.meta.seconds for r in records), 3)
+    verdict.peak_memory_mib = round(max((r.meta.peak_memory_mib for r in records), default=0.0), 1)
+
+
+def _flags(
+    evidence: Evidence, attacks: dict[str, pd.DataFrame], verdict: Verdict
+) -> tuple[str, ...]:
+    flags = ["randomized"] if verdict.track == "randomized" else []
+    flags += _check_flags(_joined(evidence, "checks"))
+    notes = (note for r in _of(evidence, "attack") for note in r.meta.notes)
+    flags += [f"left_out:{note}" for note in dict.fromkeys(notes)]
+    for label, rows in attacks.items():
+        flags += [
+            f"{status}:{label}={count}"
+            for status, count in rows["status"].value_counts().sort_index().items()
+            if status in ("outside_ball", "outside_box", "nonfinite")
+        ]
+        blank = int((rows["adversarial_prediction"] == -1).sum())
+        if blank:
+            flags.append(f"nonfinite_logits:{label}={blank}")
+    if len(verdict.samples):
+        flags += _black_box_flag(evidence, verdict)
+    return tuple(flags)
+
+
+def _check_flags(checks: pd.DataFrame) -> Iterable[str]:
+    if not len(checks):
+        return []
+    failed = checks[checks["status"] == "failed"]
+    return [f"{row.name_}={row.value:.3g}" for row in failed.rename(columns={"name": "name_"}).itertuples()]
+
+
+def _black_box_flag(evidence: Evidence, verdict: Verdict) -> list[str]:
+    """Queries alone broke what gradients did not: a symptom of masked gradients."""
+    blind = {
+        r.meta.label for r in _of(evidence, "attack") if r.meta.stage.get("needs") != "gradients"
+    }
+    by = verdict.samples["broken_by"].dropna()
+    count = sum(name.split("/")[0] in blind or name.endswith("/square") for name in by)
+    share = count / verdict.n
+    return [f"black_box_beats_gradients={share:.3g}"] if count > 1 and share >= BLACK_BOX_GAIN else []
