@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from robustdeq.errors import UsageError
 from robustdeq.interfaces import Access, Budget, Candidates, Scope

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from robustdeq.attacks._losses import LOSSES, margin
 from torch import Tensor
 
-from robustdeq.attacks._losses import LOSSES, margin
 from robustdeq.errors import UsageError
 from robustdeq.interfaces import Access, Budget
 from robustdeq.randomness import SampleRandom

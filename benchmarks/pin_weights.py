@@ -1,7 +1,7 @@
 """Ship trained weights: copy a suite's files into the package and name their SHA-256 in it.
 
-    robustdeq train --suite digits --out weights
-    python benchmarks/pin_weights.py leaderboards/digits.toml weights
+robustdeq train --suite digits --out weights
+python benchmarks/pin_weights.py leaderboards/digits.toml weights
 """
 
 from __future__ import annotations

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from robustdeq.defenses._cells import Residual, Stem, readout
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from robustdeq.datasets import DataSpec
-from robustdeq.defenses._cells import Residual, Stem, readout
 from robustdeq.equilibrium import (
     Anderson,
     Broyden,

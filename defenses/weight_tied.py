@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from robustdeq.defenses._cells import Stem
+from robustdeq.defenses.deq import ResidualEquilibrium
 from torch import nn
 
 from robustdeq.datasets import DataSpec
-from robustdeq.defenses._cells import Stem
-from robustdeq.defenses.deq import ResidualEquilibrium
 from robustdeq.equilibrium import FixedPoint, Unrolled
 from robustdeq.interfaces import About
 

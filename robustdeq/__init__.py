@@ -1,7 +1,7 @@
 """RobustDEQ: a benchmark of adversarial robustness for models that iterate to an answer.
 
-    robustdeq.evaluate(model, x, y, threat="Linf:8/255")   a verdict on any module
-    robustdeq.load_model(id, dataset=..., threat=...)      a trained model of the registry
+robustdeq.evaluate(model, x, y, threat="Linf:8/255")   a verdict on any module
+robustdeq.load_model(id, dataset=..., threat=...)      a trained model of the registry
 """
 
 from __future__ import annotations

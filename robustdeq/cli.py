@@ -27,15 +27,23 @@ _err = Console(stderr=True, soft_wrap=True)
 
 @app.command()
 def run(
-    suite: Annotated[str, typer.Argument(help="A suite's name, or the path of a TOML file.")] = "digits",
-    out: Annotated[Path, typer.Option(help="Folder for results; SUITE/ is made in it.")] = Path("out"),
-    battery: Annotated[str | None, typer.Option(help="Attacks in place of the suite's own.")] = None,
+    suite: Annotated[
+        str, typer.Argument(help="A suite's name, or the path of a TOML file.")
+    ] = "digits",
+    out: Annotated[Path, typer.Option(help="Folder for results; SUITE/ is made in it.")] = Path(
+        "out"
+    ),
+    battery: Annotated[
+        str | None, typer.Option(help="Attacks in place of the suite's own.")
+    ] = None,
     samples: Annotated[int | None, typer.Option(help="Test samples per row.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     batch_size: Annotated[int | None, typer.Option(help="Most rows in one forward pass.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes at a time; one per core.")] = None,
     weights: Annotated[Path | None, typer.Option(help="Folder that is looked in first.")] = None,
-    estimate: Annotated[bool, typer.Option("--estimate", help="Only say what it will cost.")] = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Only say what it will cost.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Run a suite and write its leaderboard; what was computed before is not computed again."""
@@ -52,8 +60,12 @@ def run(
     options = Options(
         out=out, device=device, batch_size=batch_size, workers=workers, weights=weights
     )
-    with _RunDisplay() as display:
-        verdicts = run_suite(chosen, options, display.tick)
+    try:
+        with _RunDisplay() as display:
+            verdicts = run_suite(chosen, options, display.tick)
+    except KeyboardInterrupt:
+        _err.print("interrupted; finished stages are kept, the same command goes on from there.")
+        raise typer.Exit(130) from None
     folder = out / chosen.name
     _out.print(f"\nwrote {escape(str(folder))}/table.md, table.csv, run.json and records/")
     failed = [verdict for verdict in verdicts if verdict.status != "ok"]
@@ -85,17 +97,29 @@ def list_(
 @app.command()
 def train(
     defense: Annotated[str | None, typer.Argument(help="A registered defense.")] = None,
-    out: Annotated[Path, typer.Option(help="FILE.safetensors; a folder with --suite.")] = Path("weights"),
+    out: Annotated[Path, typer.Option(help="FILE.safetensors; a folder with --suite.")] = Path(
+        "weights"
+    ),
     dataset: Annotated[str, typer.Option(help="A data set's name or path.")] = "digits",
     threat: Annotated[str, typer.Option(help="As in Linf:8/255.")] = "Linf:8/255",
-    recipe: Annotated[str | None, typer.Option(help="A registered recipe; the defense's own.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="A defense's parameter, KEY=VALUE.")] = None,
-    recipe_set: Annotated[list[str] | None, typer.Option(help="A recipe's parameter, KEY=VALUE.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="A registered recipe; the defense's own.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="A defense's parameter, KEY=VALUE.")
+    ] = None,
+    recipe_set: Annotated[
+        list[str] | None, typer.Option(help="A recipe's parameter, KEY=VALUE.")
+    ] = None,
     suite: Annotated[str | None, typer.Option(help="Train all weights of a suite instead.")] = None,
-    only: Annotated[str | None, typer.Option(help="With --suite: weights whose name contains this.")] = None,
+    only: Annotated[
+        str | None, typer.Option(help="With --suite: weights whose name contains this.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Decides every weight.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    minutes: Annotated[float | None, typer.Option(help="Stop by then; the same command goes on.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Stop by then; the same command goes on.")
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Train a defense, or all of a suite's, and write safetensors with their metadata."""
@@ -156,9 +180,6 @@ def main() -> None:
             raise
         _err.print(escape(f"error: {sentence(error)}"), style="red")
         sys.exit(1 if isinstance(error, CaseError) else 2)
-    except KeyboardInterrupt:
-        _err.print("interrupted; finished stages are kept, the same command goes on from there.")
-        sys.exit(130)
     except Exception as error:
         if debug:
             raise
@@ -170,8 +191,14 @@ class _RunDisplay:
     """A progress bar with finished rows above it; plain lines where there is no terminal."""
 
     def __init__(self) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-        from rich.progress import TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -216,7 +243,10 @@ def _print_estimate(suite: Any, device: str, weights: Path | None, workers: int 
     _out.print(table)
     count = workers or default_workers(pick_device(device))
     total = sum(row.seconds for row in rows)
-    _out.print(f"at most {total:.0f} s of computation if no sample falls; {total / count:.0f} s on {count} workers")
+    _out.print(
+        f"at most {total:.0f} s of computation if no sample falls; "
+        f"{total / count:.0f} s on {count} workers"
+    )
 
 
 def _print_listing(rows: list[dict[str, Any]]) -> None:
@@ -251,7 +281,9 @@ def _assignments(items: list[str]) -> dict[str, Any]:
     return values
 
 
-def _train_all(jobs: list[Any], expected: dict[str, str], device: Any, minutes: float | None) -> None:
+def _train_all(
+    jobs: list[Any], expected: dict[str, str], device: Any, minutes: float | None
+) -> None:
     import time
 
     import torch
@@ -276,7 +308,11 @@ def _train_all(jobs: list[Any], expected: dict[str, str], device: Any, minutes: 
         note = "complete" if trained.complete else "incomplete; the same command goes on"
         wanted = expected.get(trained.path.name)
         if wanted and trained.complete:
-            note += ", as the suite names it" if wanted == trained.sha256 else ", NOT the suite's sha256"
+            note += (
+                ", as the suite names it"
+                if wanted == trained.sha256
+                else ", NOT the suite's sha256"
+            )
         _out.print(f"{escape(str(trained.path))} sha256 {trained.sha256} ({note})", highlight=False)
         unfinished += not trained.complete
     if unfinished:

@@ -57,14 +57,22 @@ _SOURCES = {
         _Source(DataSpec("cifar10", 10, 3, 32, 32), "uoft-cs/cifar10", "plain_text"),
         # Re-encoded as JPEG: never to be compared with figures on CIFAR-10 itself.
         _Source(DataSpec("cifar10-jpeg", 10, 3, 32, 32), None),
-        _Source(
-            DataSpec("cifar100", 100, 3, 32, 32), "uoft-cs/cifar100", "cifar100", "fine_label"
-        ),
+        _Source(DataSpec("cifar100", 100, 3, 32, 32), "uoft-cs/cifar100", "cifar100", "fine_label"),
         _Source(DataSpec("svhn", 10, 3, 32, 32), "ufldl-stanford/svhn", "cropped_digits"),
     )
 }
 DIGITS = DataSpec("digits", 10, 1, 8, 8)
 DIGITS_TRAIN = 1297
+
+
+@dataclass(frozen=True)
+class SliceIdentity:
+    """What names a slice without holding it: goes into keys, and to workers."""
+
+    spec: DataSpec
+    split: Split
+    n: int
+    digest: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +101,10 @@ class Slice:
         for part in (self.indices, self.labels, self.images):
             sha.update(np.ascontiguousarray(part).tobytes())
         return sha.hexdigest()
+
+    def identity(self) -> SliceIdentity:
+        """The slice's name, size and digest."""
+        return SliceIdentity(self.spec, self.split, len(self), self.digest)
 
     def take(self, rows: slice | NDArray[np.int64]) -> Slice:
         """The same slice, some rows of it."""
@@ -138,7 +150,9 @@ def load_slice(name: str, split: Split = "test", samples: int | None = None) -> 
 def where_to_get(name: str) -> str:
     """One sentence for the user whose data set is missing."""
     source = _SOURCES.get(name)
-    local = f"put {name}/test.parquet and {name}/train.parquet into the folder {DATA_VARIABLE} names"
+    local = (
+        f"put {name}/test.parquet and {name}/train.parquet into the folder {DATA_VARIABLE} names"
+    )
     if source is None or source.repository is None:
         return local
     return f"{local}, or download it from the Hugging Face Hub ({source.repository})"

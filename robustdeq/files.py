@@ -33,6 +33,8 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as cause:
-        raise UsageError(f"folder {path} cannot be created ({cause.strerror}); name another.") from cause
+        raise UsageError(
+            f"folder {path} cannot be created ({cause.strerror}); name another."
+        ) from cause
     if not os.access(path, os.W_OK):
         raise UsageError(f"folder {path} cannot be written to; name another.")

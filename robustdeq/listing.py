@@ -15,7 +15,10 @@ def listed(kind: str) -> list[dict[str, Any]]:
         return _datasets()
     if kind == "suites":
         return _suites()
-    return [_plugin(cast("Kind", kind.removesuffix("s")), name) for name in registered(cast("Kind", kind.removesuffix("s")))]
+    return [
+        _plugin(cast("Kind", kind.removesuffix("s")), name)
+        for name in registered(cast("Kind", kind.removesuffix("s")))
+    ]
 
 
 def _plugin(kind: Kind, name: str) -> dict[str, Any]:

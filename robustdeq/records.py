@@ -186,6 +186,10 @@ class Store:
         pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
         write_atomically(self.path(record.meta.key), buffer.getvalue())
 
+    def summary(self, key: str) -> Record | None:
+        """As `read`, without the adversarial pixels: enough for a verdict."""
+        return self._read(key, pixels=False)
+
     def read(self, key: str) -> Record | None:
         """The record of a key, or None where there is none that can be trusted.
 
@@ -194,9 +198,14 @@ class Store:
         Raises:
             UsageError: if it was written by a newer version of RobustDEQ.
         """
+        return self._read(key, pixels=True)
+
+    def _read(self, key: str, pixels: bool) -> Record | None:
         path = self.path(key)
         try:
-            table = pq.read_table(path, page_checksum_verification=True)
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                names = [n for n in file.schema_arrow.names if pixels or n != "adversarial"]
+                table = file.read(columns=names)
             data = json.loads((table.schema.metadata or {})[b"robustdeq"])
         except FileNotFoundError:
             return None

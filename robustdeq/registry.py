@@ -70,7 +70,8 @@ def plugin_class(kind: Kind, name: str) -> type[Any]:
         cls = plugin.entry.load()
     except (Exception, SystemExit) as cause:
         raise UsageError(
-            f"{where} cannot be loaded: {sentence(cause)}; repair or uninstall {plugin.distribution}."
+            f"{where} cannot be loaded: {sentence(cause)}; repair or uninstall "
+            f"{plugin.distribution}."
         ) from cause
     lacking = [part for part in _REQUIRED[kind] if not hasattr(cls, part)]
     if not isinstance(cls, type) or not dataclasses.is_dataclass(cls) or lacking:
@@ -130,11 +131,16 @@ def _typed(what: str, value: Any, hint: Any) -> Any:
             return float(value)
         elif origin is tuple and isinstance(value, list | tuple):
             return tuple(value)
-        elif isinstance(origin, type) and isinstance(value, origin):
-            if not (isinstance(value, bool) and origin is int):
-                return value
+        elif (
+            isinstance(origin, type)
+            and isinstance(value, origin)
+            and not (isinstance(value, bool) and origin is int)
+        ):
+            return value
     names = " or ".join(
-        str(typing.get_args(c)) if typing.get_origin(c) is Literal else getattr(c, "__name__", str(c))
+        str(typing.get_args(c))
+        if typing.get_origin(c) is Literal
+        else getattr(c, "__name__", str(c))
         for c in choices
     )
     raise UsageError(f"{what} is {value!r}; give {names}.")

@@ -74,7 +74,7 @@ def _index(folder: Path) -> Path:
 
 
 def _evidence(row: dict[str, Any], store: Store) -> Evidence:
-    held = [store.read(key) for keys in row["records"].values() for key in keys]
+    held = [store.summary(key) for keys in row["records"].values() for key in keys]
     return Evidence(
         case=row["case"],
         chunks=row["chunks"],

@@ -123,7 +123,9 @@ def find_suite(name: str) -> Suite:
     path = Path(name)
     if name.endswith(".toml") or "/" in name:
         if not path.is_file():
-            raise UsageError(f"suite file {name} does not exist; give a path, or one of {suite_names()}.")
+            raise UsageError(
+                f"suite file {name} does not exist; give a path, or one of {suite_names()}."
+            )
         return parse_suite(path.read_text(encoding="utf-8"), name, path.resolve().parent)
     if name not in suite_names():
         raise unknown("suite", name, suite_names())
@@ -158,7 +160,11 @@ def parse_suite(text: str, source: str, folder: Path | None) -> Suite:
     if data.get("format", FORMAT) != FORMAT:
         raise UsageError(f"{where} is of format {data['format']}, this version reads {FORMAT}.")
     data = dict(data)
-    for key, cls in (("datasets", DatasetEntry), ("attacks", AttackEntry), ("defenses", DefenseEntry)):
+    for key, cls in (
+        ("datasets", DatasetEntry),
+        ("attacks", AttackEntry),
+        ("defenses", DefenseEntry),
+    ):
         items = data.get(key, [])
         if not isinstance(items, list):
             raise UsageError(f"{where}: {key} is no list of tables; write [[{key}]].")
@@ -187,7 +193,7 @@ def attacks_of(suite: Suite) -> tuple[AttackEntry, ...]:
 
 
 def resolved(entry: AttackEntry) -> AttackEntry:
-    """The entry with the attack's defaults filled in, so that keys do not depend on what was left out.
+    """The entry with the attack's defaults filled in: keys do not depend on what was left out.
 
     Raises:
         UsageError: for an unknown attack, parameter or gradient.
@@ -240,10 +246,14 @@ def _check(suite: Suite, where: str) -> None:
         if entry.training is not None:
             load("recipe", entry.training.recipe, entry.training.parameters)
         if entry.dataset and entry.dataset not in [d.name for d in suite.datasets]:
-            raise UsageError(f"{where}: row {entry.id} names data set {entry.dataset!r}, which the suite lacks.")
+            raise UsageError(
+                f"{where}: row {entry.id} names data set {entry.dataset!r}, which the suite lacks."
+            )
         twins = [e for e in suite.defenses if e.id == entry.id and e.dataset == entry.dataset]
         if len(twins) > 1 and len({str(e.threats) for e in twins}) < len(twins):
-            raise UsageError(f"{where} has {ids.count(entry.id)} rows {entry.id}; give each its own id.")
+            raise UsageError(
+                f"{where} has {ids.count(entry.id)} rows {entry.id}; give each its own id."
+            )
     for text in (*suite.threats, *(t for e in suite.defenses for t in e.threats)):
         Threat.parse(text)
 
@@ -275,7 +285,9 @@ def _value(key: str, value: Any, kind: str, where: str) -> Any:
         return _entry(Training, value, f"{where}, training")
     wanted = _PLAIN.get(kind)
     if wanted is not None and (not isinstance(value, wanted) or isinstance(value, bool)):
-        raise UsageError(f"{where}: {key} is {value!r}; give {'text' if wanted is str else 'a whole number'}.")
+        raise UsageError(
+            f"{where}: {key} is {value!r}; give {'text' if wanted is str else 'a whole number'}."
+        )
     if kind.startswith("tuple"):
         if not isinstance(value, Sequence) or isinstance(value, str):
             raise UsageError(f"{where}: {key} is {value!r}; give a list.")

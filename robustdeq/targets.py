@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,8 @@ class Target:
         self.model, self.classes, self.value = model, classes, value
         self.gradient: Gradient = Honest() if gradient is None else gradient
         self.solver, self.batch_size = solver, batch_size
+        # Attacks work in float32; a model of another precision gets its own.
+        self._dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
         if not isinstance(self.gradient, Honest) and not self.iterates:
             raise UsageError(
                 f"gradient {self.gradient} differentiates through a solve, and this "
@@ -108,6 +110,7 @@ class Target:
         return _joined(outputs)
 
     def _run(self, x: Images, warm: Sequence[Tensor]) -> Output:
+        x = x if self._dtype is None else x.to(self._dtype)
         if not isinstance(self.model, EquilibriumClassifier):
             if warm:
                 raise UsageError("a warm start was given to a model without a solve.")
@@ -140,7 +143,7 @@ class Target:
             logits = logits.float()
         if torch.is_grad_enabled() and x.requires_grad and not logits.requires_grad:
             # So that attacks run, on a gradient of 0; the honesty checks name the model for it.
-            logits = _NoGradient.apply(logits, x)
+            return cast("Tensor", cast("Any", _NoGradient).apply(logits, x))
         return logits
 
 
@@ -155,7 +158,7 @@ class TargetModule(nn.Module):
     def forward(self, x: Images) -> Logits:
         """Logits (batch, classes)."""
         if torch.is_grad_enabled() and x.requires_grad:
-            x = _FiniteGradient.apply(x)
+            x = cast("Any", _FiniteGradient).apply(x)
         return self.target(x).logits
 
 
@@ -172,7 +175,8 @@ class _FiniteGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, *gradients: Tensor) -> Tensor:
-        return torch.nan_to_num(gradients[0], nan=0.0, posinf=0.0, neginf=0.0)
+        finite: Tensor = torch.nan_to_num(gradients[0], nan=0.0, posinf=0.0, neginf=0.0)
+        return finite.contiguous()  # AutoAttack takes views of it
 
 
 class _NoGradient(torch.autograd.Function):

@@ -88,7 +88,8 @@ class Threat:
         delta = (other.double() - x.double()).flatten(1)
         if self.norm is Norm.LINF:
             return delta.abs().amax(1)
-        return torch.linalg.vector_norm(delta, dim=1)
+        length: Tensor = torch.linalg.vector_norm(delta, dim=1)
+        return length
 
     def project(self, x: Images, candidate: Images) -> Images:
         """The admissible point near `candidate`: into the ball around `x`, then into the box.
@@ -128,7 +129,12 @@ class Threat:
         boxed = (flat.amin(1) >= -ROUNDING) & (flat.amax(1) <= 1.0 + ROUNDING)
         near = self.distance(x, candidate) <= self.eps * (1.0 + 1e-6) + ROUNDING
         return [
-            Violation.NONFINITE if not f else Violation.BOX if not b else Violation.BALL if not n
+            Violation.NONFINITE
+            if not f
+            else Violation.BOX
+            if not b
+            else Violation.BALL
+            if not n
             else Violation.NONE
             for f, b, n in zip(finite.tolist(), boxed.tolist(), near.tolist(), strict=True)
         ]

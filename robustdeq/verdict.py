@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import pandas as pd
-from statsmodels.stats.proportion import proportion_confint
+from scipy.stats import binomtest
 
 from robustdeq.records import Record, Status
 
@@ -219,13 +219,11 @@ def _unresolved(attacks: dict[str, pd.DataFrame], samples: pd.DataFrame) -> Coun
     )
 
 
-def _add_accuracies(
-    verdict: Verdict, attacks: dict[str, pd.DataFrame], evidence: Evidence
-) -> None:
+def _add_accuracies(verdict: Verdict, attacks: dict[str, pd.DataFrame], evidence: Evidence) -> None:
     robust = int(verdict.samples["robust"].sum())
     verdict.robust_acc = robust / verdict.n
-    low, high = proportion_confint(robust, verdict.n, alpha=0.05, method="wilson")
-    verdict.robust_low, verdict.robust_high = float(low), float(high)
+    interval = binomtest(robust, verdict.n).proportion_ci(0.95, method="wilson")
+    verdict.robust_low, verdict.robust_high = float(interval.low), float(interval.high)
     wanted = "rand" if verdict.track == "randomized" else "standard"
     for label in _autoattack_labels(evidence, wanted):
         rows = attacks[label]
@@ -280,7 +278,10 @@ def _check_flags(checks: pd.DataFrame) -> Iterable[str]:
     if not len(checks):
         return []
     failed = checks[checks["status"] == "failed"]
-    return [f"{row.name_}={row.value:.3g}" for row in failed.rename(columns={"name": "name_"}).itertuples()]
+    return [
+        f"{row.name_}={row.value:.3g}"
+        for row in failed.rename(columns={"name": "name_"}).itertuples()
+    ]
 
 
 def _black_box_flag(evidence: Evidence, verdict: Verdict) -> list[str]:
@@ -291,4 +292,6 @@ def _black_box_flag(evidence: Evidence, verdict: Verdict) -> list[str]:
     by = verdict.samples["broken_by"].dropna()
     count = sum(name.split("/")[0] in blind or name.endswith("/square") for name in by)
     share = count / verdict.n
-    return [f"black_box_beats_gradients={share:.3g}"] if count > 1 and share >= BLACK_BOX_GAIN else []
+    return (
+        [f"black_box_beats_gradients={share:.3g}"] if count > 1 and share >= BLACK_BOX_GAIN else []
+    )

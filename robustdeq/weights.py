@@ -59,9 +59,13 @@ def read_info(path: Path) -> WeightsInfo:
             text = (stream.metadata() or {}).get("robustdeq")
         data = json.loads(text) if text else None
     except (SafetensorError, OSError, ValueError) as cause:
-        raise CaseError(f"weights {path} cannot be read ({cause}); fetch or train them again.") from cause
+        raise CaseError(
+            f"weights {path} cannot be read ({cause}); fetch or train them again."
+        ) from cause
     if not isinstance(data, dict):
-        raise CaseError(f"weights {path} carry no RobustDEQ metadata; train them with 'robustdeq train'.")
+        raise CaseError(
+            f"weights {path} carry no RobustDEQ metadata; train them with 'robustdeq train'."
+        )
     if data.get("format") != FORMAT:
         raise CaseError(
             f"weights {path} are of format {data.get('format')}, this version reads {FORMAT}; "
@@ -70,7 +74,9 @@ def read_info(path: Path) -> WeightsInfo:
     try:
         return WeightsInfo(**data)
     except TypeError as cause:
-        raise CaseError(f"weights {path} have malformed metadata ({cause}); train them again.") from cause
+        raise CaseError(
+            f"weights {path} have malformed metadata ({cause}); train them again."
+        ) from cause
 
 
 def verify_sha256(path: Path, expected: str) -> None:
@@ -103,7 +109,9 @@ def check_matches(info: WeightsInfo, expected: dict[str, Any], path: Path) -> No
                 "name the weights that belong to this row."
             )
     if not info.complete:
-        raise CaseError(f"weights {path} come from an incomplete training; finish it with 'robustdeq train'.")
+        raise CaseError(
+            f"weights {path} come from an incomplete training; finish it with 'robustdeq train'."
+        )
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -117,13 +125,15 @@ def load_weights(model: nn.Module, path: Path) -> None:
         model.load_state_dict(state, strict=True)
     except (SafetensorError, OSError, RuntimeError) as cause:
         first = " ".join(str(cause).split())[:200]
-        raise CaseError(f"weights {path} do not fit the model ({first}); train them again.") from cause
+        raise CaseError(
+            f"weights {path} do not fit the model ({first}); train them again."
+        ) from cause
     if not all(bool(torch.isfinite(v).all()) for v in state.values() if v.is_floating_point()):
         raise CaseError(f"weights {path} hold values that are not finite; train them again.")
 
 
 def state_sha256(model: nn.Module) -> str:
-    """SHA-256 over names, types, shapes and values of a model's state; for models without a file."""
+    """SHA-256 over names, types, shapes and values of a state; for models without a file."""
     sha = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         if isinstance(value, Tensor):

@@ -49,7 +49,7 @@ class _Mixture(Method):
         return mixed - (1.0 - self.mixing) * torch.einsum("bm,bmd->bd", alpha, gaps)
 
     def _weights(self, gaps: Tensor) -> Tensor:
-        """argmin |sum_i a_i g_i| subject to sum_i a_i = 1: a ~ (G Gt + r I)^-1 1."""
+        """Argmin |sum_i a_i g_i| subject to sum_i a_i = 1: a ~ (G Gt + r I)^-1 1."""
         gaps = gaps.double()
         gram = torch.bmm(gaps, gaps.transpose(1, 2))
         size = gram.shape[1]

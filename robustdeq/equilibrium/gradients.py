@@ -12,7 +12,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -68,8 +68,7 @@ def splice(value: Tensor, carrier: Tensor) -> Tensor:
 
     The usual `carrier + (value - carrier).detach()` would be off by rounding.
     """
-    spliced: Tensor = _Splice.apply(value.detach(), carrier)
-    return spliced
+    return cast("Tensor", cast("Any", _Splice).apply(value.detach(), carrier))
 
 
 @dataclass(frozen=True)
@@ -108,10 +107,10 @@ class _Link:
     trace: AdjointTrace
 
     def solve(self, gradient: Tensor) -> Tensor:
-        def transposed(v: Tensor, step: int, rows: Tensor | None = None) -> Tensor:
+        def transposed(z: Tensor, step: int, rows: Tensor | None = None) -> Tensor:
             with torch.enable_grad():
                 (product,) = torch.autograd.grad(
-                    self.image, self.leaf, v, retain_graph=True, allow_unused=True
+                    self.image, self.leaf, z, retain_graph=True, allow_unused=True
                 )
             # A cell that ignores its state has no Jacobian: the adjoint is the gradient itself.
             return gradient if product is None else gradient + product
@@ -129,14 +128,13 @@ class _Adjoint(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
         return None, ctx.link.solve(gradient), None
 
 
 def _adjoint(value: Tensor, image: Tensor, link: _Link) -> Tensor:
-    out: Tensor = _Adjoint.apply(value.detach(), image, link)
-    return out
+    return cast("Tensor", cast("Any", _Adjoint).apply(value.detach(), image, link))
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ class Method(ABC):
 
     def keep(self, rows: Tensor) -> None:
         """Forget all rows but these."""
+        del rows
 
 
 @dataclass(frozen=True, kw_only=True)

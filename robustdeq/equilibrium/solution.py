@@ -81,6 +81,6 @@ def relative_residual(fz: Tensor, z: Tensor) -> PerSample:
 
 
 def residual_of(gap: PerSample, norm: PerSample) -> PerSample:
-    """gap / norm, 0 where both are 0 and infinite where that is not a number."""
+    """Gap / norm, 0 where both are 0 and infinite where that is not a number."""
     residual = gap / norm.clamp_min(torch.finfo(norm.dtype).tiny)
     return torch.nan_to_num(residual, nan=torch.inf, posinf=torch.inf)

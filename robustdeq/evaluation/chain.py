@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from robustdeq.equilibrium import EquilibriumClassifier, metered, parse_gradient
 from robustdeq.errors import CaseError, RobustDEQError, sentence
 from robustdeq.evaluation.checks import is_randomized, run_checks
-from robustdeq.evaluation.judge import Judge, Judgment, worst_solve
+from robustdeq.evaluation.judge import Judge, Judgment
 from robustdeq.evaluation.provenance import core_digest, environment
 from robustdeq.evaluation.stages import CHECKS, CLEAN, Stage
 from robustdeq.interfaces import Candidates, Scope, option
@@ -249,7 +249,11 @@ def _clean(chain: Chain, stage: Stage) -> _Result:
             f"the model returns logits that are not finite for {blank} of {len(chunk.y)} clean "
             "inputs; repair the model before it is evaluated."
         )
-    columns = {**_identity(chunk), **_judged("clean", judgment), "status": [Status.CLEAN] * len(chunk.y)}
+    columns = {
+        **_identity(chunk),
+        **_judged("clean", judgment),
+        "status": [Status.CLEAN] * len(chunk.y),
+    }
     return _Result(
         sample_frame(columns, len(chunk.y)), "randomized" if randomized else "deterministic"
     )
@@ -403,6 +407,8 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     """The model in eval mode; afterwards its modes and parameter gradients are as they were."""
     modes = [(module, module.training) for module in model.modules()]
     gradients = [(p, p.grad) for p in model.parameters()]
+    for parameter, _ in gradients:
+        parameter.grad = None  # else a backward pass would add to the caller's tensor in place
     model.eval()
     try:
         yield

@@ -48,7 +48,9 @@ def _grad_mode(target: Target, x: Images) -> dict[str, Any]:
     """Logits with gradients enabled against logits without: an attack must see what is judged."""
     with seeded(1, x.device), torch.enable_grad():
         attacked = target(x.clone().requires_grad_()).logits.detach()
-    return _check("grad_mode_changes_logits", _gap(attacked, _seeded_logits(target, x, 1)), 1e-5, len(x))
+    return _check(
+        "grad_mode_changes_logits", _gap(attacked, _seeded_logits(target, x, 1)), 1e-5, len(x)
+    )
 
 
 def _batch(target: Target, x: Images) -> dict[str, Any]:

@@ -9,17 +9,26 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from robustdeq.datasets import load_slice
 from robustdeq.errors import CaseError, UsageError, unknown
 from robustdeq.evaluation.chain import Chain, Chunk, Event, Memory, Subject
 from robustdeq.evaluation.provenance import core_digest
 from robustdeq.evaluation.stages import Stage, attack_stage, attack_stages, unique
 from robustdeq.evaluation.subject import build_subject, chunk_count, weights_source
-from robustdeq.datasets import load_slice
 from robustdeq.interfaces import Attack
 from robustdeq.keys import digest
 from robustdeq.records import FORMAT
 from robustdeq.shapes import Images
-from robustdeq.suite import AttackEntry, battery as named_battery, expand, find_suite, resolved, suite_names
+from robustdeq.suite import (
+    AttackEntry,
+    expand,
+    find_suite,
+    resolved,
+    suite_names,
+)
+from robustdeq.suite import (
+    battery as named_battery,
+)
 from robustdeq.threats import Threat
 from robustdeq.verdict import Evidence, Failure, Verdict, judge_evidence
 from robustdeq.weights import state_sha256
@@ -103,11 +112,13 @@ def load_model(
                 continue
             ids.add(case.entry.id)
             if case.entry.id == id and wanted in (None, str(case.threat)):
-                data = load_slice(dataset, "test", 1)
+                data = load_slice(dataset, "test", 1).identity()
                 source = weights_source(suite, None)
                 return build_subject(case, data, source, torch.device(device), None).model.eval()
     if id in ids:
-        raise UsageError(f"model {id!r} on {dataset} has no row under {wanted}; leave the threat out.")
+        raise UsageError(
+            f"model {id!r} on {dataset} has no row under {wanted}; leave the threat out."
+        )
     raise unknown(f"model on {dataset}", id, ids)
 
 
@@ -200,7 +211,7 @@ def _checked_inputs(x: Tensor, y: Tensor, device: torch.device) -> tuple[Tensor,
         raise UsageError("x has pixels outside [0, 1]; scale it, and normalize inside the model.")
     if int(y.min()) < 0:
         raise UsageError(f"y has the label {int(y.min())}; labels count from 0.")
-    return x.detach().to(device), y.detach().to(device).long()
+    return x.detach().to(device).float(), y.detach().to(device).long()
 
 
 def _subject(
@@ -254,7 +265,12 @@ def _count_classes(model: nn.Module, x: Tensor) -> int:
     finally:
         for module, mode in zip(model.modules(), training, strict=True):
             module.training = mode
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != 1 or logits.shape[1] < 2:
+    if (
+        not isinstance(logits, Tensor)
+        or logits.dim() != 2
+        or len(logits) != 1
+        or logits.shape[1] < 2
+    ):
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise CaseError(
             f"the model returns {shape} for one image; return logits of shape (batch, classes) "
@@ -267,6 +283,6 @@ def _bytes_digest(tensor: Tensor) -> str:
     import hashlib
 
     plain = tensor.detach().cpu().contiguous()
-    return hashlib.sha256(f"{tuple(plain.shape)}{plain.dtype}".encode() + plain.numpy().tobytes()).hexdigest()
-
-
+    return hashlib.sha256(
+        f"{tuple(plain.shape)}{plain.dtype}".encode() + plain.numpy().tobytes()
+    ).hexdigest()

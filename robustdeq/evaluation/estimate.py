@@ -5,15 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from robustdeq.datasets import load_slice
+from robustdeq.equilibrium import EquilibriumClassifier
 from robustdeq.errors import RobustDEQError, sentence
 from robustdeq.evaluation.chain import Subject
 from robustdeq.evaluation.stages import Stage, attack_stages
-from robustdeq.evaluation.subject import build_subject, chunk_count, chunk_of, pick_device, weights_source
-from robustdeq.equilibrium import EquilibriumClassifier, parse_gradient
+from robustdeq.evaluation.subject import (
+    build_subject,
+    chunk_count,
+    chunk_of,
+    chunk_slice,
+    pick_device,
+    weights_source,
+)
 from robustdeq.interfaces import Budget, option
 from robustdeq.suite import Case, Suite, attacks_of, expand
 from robustdeq.targets import Target
@@ -34,7 +42,7 @@ class Estimate:
     note: str = ""
 
 
-def estimate_suite(suite: Suite, device_name: str, weights: object = None) -> list[Estimate]:
+def estimate_suite(suite: Suite, device_name: str, weights: Path | None = None) -> list[Estimate]:
     """Time a forward pass and a gradient of each model on one chunk, and multiply.
 
     Raises:
@@ -50,13 +58,13 @@ def estimate_suite(suite: Suite, device_name: str, weights: object = None) -> li
         torch.set_num_threads(threads)
 
 
-def _estimate(suite: Suite, case: Case, device: torch.device, weights: object) -> Estimate:
+def _estimate(suite: Suite, case: Case, device: torch.device, weights: Path | None) -> Estimate:
     data = load_slice(case.dataset.name, "test", case.dataset.samples or None)
     chunks = chunk_count(len(data), case.chunk)
     try:
-        source = weights_source(suite, weights)  # type: ignore[arg-type]
-        subject = build_subject(case, data, source, device, None)
-        x = chunk_of(data, 0, case.chunk, device).x
+        source = weights_source(suite, weights)
+        subject = build_subject(case, data.identity(), source, device, None)
+        x = chunk_of(chunk_slice(data, 0, case.chunk), 0, device).x
         forward, gradient = _timed(subject, x)
     except RobustDEQError as cause:
         return Estimate(case.entry.id, str(case.threat), chunks, 0.0, 0.0, 0.0, sentence(cause))
@@ -73,7 +81,6 @@ def _estimate(suite: Suite, case: Case, device: torch.device, weights: object) -
 
 def _budget(stage: Stage, classes: int) -> Budget:
     """The attack's own figure; for attacks without one, a hundred gradients."""
-    assert parse_gradient(stage.gradient) is not None
     return Budget(*option(stage.plugin, "budget", lambda classes: Budget(100, 100))(classes))
 
 

@@ -16,7 +16,13 @@ from robustdeq.datasets import Slice, load_slice
 from robustdeq.errors import UsageError
 from robustdeq.evaluation.local import Message, Plan, Task, default_workers, run_tasks
 from robustdeq.evaluation.provenance import core_digest, environment, machine
-from robustdeq.evaluation.subject import chunk_count, described_case, pick_device, weights_source
+from robustdeq.evaluation.subject import (
+    chunk_count,
+    chunk_slice,
+    described_case,
+    pick_device,
+    weights_source,
+)
 from robustdeq.files import make_folder, write_atomically
 from robustdeq.keys import canonical, digest
 from robustdeq.records import Record, Store
@@ -68,6 +74,15 @@ class _Row:
     expected: dict[int, tuple[str, ...]] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
     open: int = 0
+    verdict: Verdict | None = None
+
+    def judged(self, read: Callable[[str], Record | None]) -> Verdict:
+        """The verdict, kept once all chunks are closed."""
+        if self.open:
+            return judge_evidence(self.evidence(read))
+        if self.verdict is None:
+            self.verdict = judge_evidence(self.evidence(read))
+        return self.verdict
 
     def evidence(self, read: Callable[[str], Record | None]) -> Evidence:
         held = [read(key) for number in sorted(self.keys) for key in self.keys[number]]
@@ -122,7 +137,9 @@ class _Running:
         self.verdicts: list[Verdict] = []
         # Until a chunk has said which stages apply to it, all are counted.
         per_chunk = 2 + sum(len(entry.gradients) for entry in self.attacks)
-        self.totals = {(r, c): per_chunk for r, row in enumerate(self.rows) for c in range(row.chunks)}
+        self.totals = {
+            (r, c): per_chunk for r, row in enumerate(self.rows) for c in range(row.chunks)
+        }
 
     def _row(self, case: Case) -> _Row:
         n = len(self.slices[case.dataset.name])
@@ -139,12 +156,14 @@ class _Running:
 
     def _tasks(self) -> list[Task]:
         source = weights_source(self.suite, self.options.weights)
+        identities = {name: data.identity() for name, data in self.slices.items()}
         return [
             Task(
                 row=index,
                 number=number,
                 case=row.case,
-                data=self.slices[row.case.dataset.name],
+                identity=identities[row.case.dataset.name],
+                samples=chunk_slice(self.slices[row.case.dataset.name], number, row.case.chunk),
                 attacks=self.attacks,
                 source=source,
                 records=self.store.folder,
@@ -173,7 +192,7 @@ class _Running:
         if event.kind == "finished" or (event.kind == "failed" and self._closes(message)):
             row.open -= 1
             if row.open == 0:
-                verdict = judge_evidence(row.evidence(self.store.read))
+                verdict = row.judged(self.store.summary)
                 self._publish()
         total = max(sum(self.totals.values()), self.done)
         self.tick(Tick(self.done, total, f"{row.case.entry.id} {event.label}".strip(), verdict))
@@ -183,8 +202,7 @@ class _Running:
         return not message.event.key
 
     def _publish(self) -> None:
-        evidences = [row.evidence(self.store.read) for row in self.rows]
-        self.verdicts = [judge_evidence(evidence) for evidence in evidences]
+        self.verdicts = [row.judged(self.store.summary) for row in self.rows]
         write_atomically(self.folder / "run.json", self._provenance().encode())
         write_tables(self.folder, self.suite.name, self.verdicts)
 
@@ -228,6 +246,10 @@ def git_state() -> dict[str, Any]:
 
 def _git(folder: Path, *arguments: str) -> str:
     done = subprocess.run(
-        ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=10
+        ["git", "-C", str(folder), *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=10,
     )
     return done.stdout.strip()

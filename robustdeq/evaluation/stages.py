@@ -72,7 +72,9 @@ def attack_stage(
         UsageError: if the object is no attack.
     """
     if not callable(getattr(plugin, "run", None)) or not hasattr(plugin, "needs"):
-        raise UsageError(f"{name} is no attack: it lacks 'needs' or 'run(target, x, y, threat, rng)'.")
+        raise UsageError(
+            f"{name} is no attack: it lacks 'needs' or 'run(target, x, y, threat, rng)'."
+        )
     spec = {
         "attack": name,
         "parameters": parameters_of(plugin),
@@ -95,6 +97,8 @@ def unique(stages: list[Stage]) -> tuple[Stage, ...]:
         seen[name] = seen.get(name, 0) + 1
         label = stage.label if seen[name] == 1 else f"{stage.label}#{seen[name]}"
         out.append(
-            Stage("attack", label, stage.plugin, stage.gradient, stage.value, stage.track, stage.spec)
+            Stage(
+                "attack", label, stage.plugin, stage.gradient, stage.value, stage.track, stage.spec
+            )
         )
     return tuple(out)

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from robustdeq.datasets import Slice
+from robustdeq.datasets import Slice, SliceIdentity
 from robustdeq.errors import CaseError, RobustDEQError, UsageError, sentence
 from robustdeq.evaluation.chain import Chunk, Subject
+from robustdeq.evaluation.judge import seeded
 from robustdeq.evaluation.provenance import source_digest
 from robustdeq.keys import canonical, digest
 from robustdeq.randomness import derived_seed
@@ -65,7 +66,7 @@ def weights_source(suite: Suite, folder: Path | None) -> Source:
 
 
 def build_subject(
-    case: Case, data: Slice, source: Source, device: torch.device, batch_size: int | None
+    case: Case, data: SliceIdentity, source: Source, device: torch.device, batch_size: int | None
 ) -> Subject:
     """Build a case's model with its weights.
 
@@ -79,9 +80,9 @@ def build_subject(
     if path is not None:
         verify_sha256(path, entry.sha256)
         check_matches(read_info(path), _expected(case), path)
-    torch.manual_seed(derived_seed(case.seed, "build"))
     try:
-        model = defense.build(data.spec, device)
+        with seeded(derived_seed(case.seed, "build"), device):
+            model = defense.build(data.spec, device)
     except RobustDEQError:
         raise
     except Exception as cause:
@@ -100,14 +101,21 @@ def build_subject(
         "dataset": data.spec.name,
         "classes": data.spec.classes,
         "split": data.split,
-        "n": len(data),
+        "n": data.n,
         "digest": data.digest,
         "threat": str(case.threat),
         "seed": case.seed,
         "chunk": case.chunk,
     }
     return Subject(
-        model, data.spec.classes, case.threat, described, digest(described), case.seed, device, batch_size
+        model,
+        data.spec.classes,
+        case.threat,
+        described,
+        digest(described),
+        case.seed,
+        device,
+        batch_size,
     )
 
 
@@ -137,9 +145,13 @@ def chunk_count(n: int, size: int) -> int:
     return -(-n // size)
 
 
-def chunk_of(data: Slice, number: int, size: int, device: torch.device) -> Chunk:
-    """One chunk of a slice; membership depends on the suite's chunk size alone."""
-    part = data.take(slice(number * size, (number + 1) * size))
+def chunk_slice(data: Slice, number: int, size: int) -> Slice:
+    """The samples of one chunk; membership depends on the suite's chunk size alone."""
+    return data.take(slice(number * size, (number + 1) * size))
+
+
+def chunk_of(part: Slice, number: int, device: torch.device) -> Chunk:
+    """One chunk's samples as tensors in [0, 1] on a device."""
     x = torch.from_numpy(np.ascontiguousarray(part.images)).to(device).float() / 255.0
     y = torch.from_numpy(part.labels.copy()).to(device)
     return Chunk(number, x, y, tuple(int(i) for i in part.indices))
@@ -171,4 +183,3 @@ def described_case(case: Case, n: int) -> dict[str, Any]:
         "n": n,
         "weights_sha256": case.entry.sha256,
     }
-

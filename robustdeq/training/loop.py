@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from robustdeq.datasets import DataSpec, Slice
-from robustdeq.equilibrium import EquilibriumClassifier, Honest, parse_gradient
+from robustdeq.equilibrium import EquilibriumClassifier, Honest, Value, parse_gradient
 from robustdeq.errors import CaseError
 from robustdeq.interfaces import Defense, Recipe, option
 from robustdeq.randomness import derived_seed
@@ -23,7 +23,7 @@ from robustdeq.threats import Threat
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a training stands: step of steps, the loss, and the share of its own batch it got right."""
+    """Where a training stands: steps taken of how many, and the loss of the last."""
 
     step: int
     steps: int
@@ -159,13 +159,13 @@ class _Run:
 
 
 def _training_view(model: nn.Module, recipe: Recipe, spec: DataSpec) -> Target:
-    """The target that the recipe differentiates: its own estimator and step limit, if it has any."""
+    """The target that the recipe differentiates: its own estimator and step limit, if any."""
     gradient = parse_gradient(str(option(recipe, "gradient", "honest")))
     steps = int(option(recipe, "solver_steps", 0))
     if not isinstance(model, EquilibriumClassifier):
         return Target(model, spec.classes, gradient=gradient)
     solver = model.solver.with_steps(steps) if steps else None
-    value = "deployed" if isinstance(gradient, Honest) else "surrogate"
+    value: Value = "deployed" if isinstance(gradient, Honest) else "surrogate"
     return Target(model, spec.classes, gradient=gradient, value=value, solver=solver)
 
 
@@ -181,5 +181,3 @@ def _refuse_divergence(loss: torch.Tensor, run: _Run) -> None:
             f"training diverged at step {run.step} of {run.steps} (the loss is {float(loss)}); "
             "lower the learning rate."
         )
-
-

@@ -82,7 +82,9 @@ def run_job(
         CaseError: if training diverges.
     """
     if job.out.suffix != ".safetensors":
-        raise UsageError(f"weights are written as .safetensors; --out {job.out} names another kind.")
+        raise UsageError(
+            f"weights are written as .safetensors; --out {job.out} names another kind."
+        )
     defense = load("defense", job.defense, job.parameters)
     recipe = load("recipe", job.recipe, job.recipe_parameters)
     data = load_slice(job.dataset, "train")
