@@ -234,7 +234,7 @@ def _print_estimate(suite: Any, device: str, weights: Path | None, workers: int 
     from robustdeq.evaluation.subject import pick_device
 
     rows = estimate_suite(suite, device, weights)
-    table = Table("ID", "threat", "chunks", "forward, ms", "gradient, ms", "at most, s", "note")
+    table = Table("ID", "threat", "chunks", "forward, ms", "gradient, ms", "seconds", "note")
     for row in rows:
         table.add_row(
             escape(row.id), row.threat, str(row.chunks), f"{row.forward_ms:.2f}",
@@ -244,7 +244,7 @@ def _print_estimate(suite: Any, device: str, weights: Path | None, workers: int 
     count = workers or default_workers(pick_device(device))
     total = sum(row.seconds for row in rows)
     _out.print(
-        f"at most {total:.0f} s of computation if no sample falls; "
+        f"about {total:.0f} s of computation if no sample falls; "
         f"{total / count:.0f} s on {count} workers"
     )
 

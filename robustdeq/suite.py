@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
@@ -240,7 +241,6 @@ def _check(suite: Suite, where: str) -> None:
         raise UsageError(f"{where} lists no attacks; name a battery or [[attacks]].")
     for dataset in suite.datasets:
         check_dataset(dataset.name)
-    ids = [entry.id for entry in suite.defenses]
     for entry in suite.defenses:
         load("defense", entry.defense, entry.parameters)
         if entry.training is not None:
@@ -249,13 +249,10 @@ def _check(suite: Suite, where: str) -> None:
             raise UsageError(
                 f"{where}: row {entry.id} names data set {entry.dataset!r}, which the suite lacks."
             )
-        twins = [e for e in suite.defenses if e.id == entry.id and e.dataset == entry.dataset]
-        if len(twins) > 1 and len({str(e.threats) for e in twins}) < len(twins):
-            raise UsageError(
-                f"{where} has {ids.count(entry.id)} rows {entry.id}; give each its own id."
-            )
-    for text in (*suite.threats, *(t for e in suite.defenses for t in e.threats)):
-        Threat.parse(text)
+    rows = Counter((c.entry.id, c.dataset.name, str(c.threat)) for c in expand(suite))
+    (row, count), *_ = rows.most_common(1)
+    if count > 1:
+        raise UsageError(f"{where} has {count} rows {row[0]} on {row[1]}; give each its own id.")
 
 
 def _entry(cls: type[T], item: Any, where: str) -> T:

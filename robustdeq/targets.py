@@ -57,7 +57,7 @@ class Target:
         self.gradient: Gradient = Honest() if gradient is None else gradient
         self.solver, self.batch_size = solver, batch_size
         # Attacks work in float32; a model of another precision gets its own.
-        self._dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+        self._dtype = parameter_dtype(model)
         if not isinstance(self.gradient, Honest) and not self.iterates:
             raise UsageError(
                 f"gradient {self.gradient} differentiates through a solve, and this "
@@ -137,6 +137,10 @@ class Target:
             )
         if not logits.is_floating_point():
             raise CaseError(f"the model returns logits of type {logits.dtype}; return floats.")
+        return self._attackable(logits, x)
+
+    def _attackable(self, logits: Tensor, x: Images) -> Logits:
+        """Logits in float32 or float64 that autograd can start from."""
         if logits.is_inference():
             logits = logits.clone()
         if logits.dtype in (torch.float16, torch.bfloat16):
@@ -145,6 +149,11 @@ class Target:
             # So that attacks run, on a gradient of 0; the honesty checks name the model for it.
             return cast("Tensor", cast("Any", _NoGradient).apply(logits, x))
         return logits
+
+
+def parameter_dtype(model: nn.Module) -> torch.dtype | None:
+    """The floating-point type of a model's parameters; None where it has none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 
 
 class TargetModule(nn.Module):
@@ -159,7 +168,8 @@ class TargetModule(nn.Module):
         """Logits (batch, classes)."""
         if torch.is_grad_enabled() and x.requires_grad:
             x = cast("Any", _FiniteGradient).apply(x)
-        return self.target(x).logits
+        # Libraries keep their books in the type of the images.
+        return self.target(x).logits.to(x.dtype)
 
 
 class _FiniteGradient(torch.autograd.Function):

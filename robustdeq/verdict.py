@@ -194,8 +194,9 @@ def _samples(clean: pd.DataFrame, attacks: dict[str, pd.DataFrame]) -> pd.DataFr
         first = pd.Series(names, index=broken["index"], dtype=object)
         first = first[broken_by[first.index].isna()]
         broken_by.loc[first.index] = first
-    table["broken_by"] = broken_by.to_numpy()
-    table["robust"] = table["clean"] & table["broken_by"].isna()
+    table["robust"] = table["clean"] & broken_by.isna().to_numpy()
+    names = [None if pd.isna(name) else name for name in broken_by]
+    table["broken_by"] = pd.Series(names, index=table.index, dtype=object)
     return table[["index", "label", "clean", "robust", "broken_by"]]
 
 

@@ -29,6 +29,7 @@ from robustdeq.suite import (
 from robustdeq.suite import (
     battery as named_battery,
 )
+from robustdeq.targets import parameter_dtype
 from robustdeq.threats import Threat
 from robustdeq.verdict import Evidence, Failure, Verdict, judge_evidence
 from robustdeq.weights import state_sha256
@@ -253,10 +254,11 @@ def _count_classes(model: nn.Module, x: Tensor) -> int:
         CaseError: if the model fails, or returns no matrix of logits with two columns or more.
     """
     training = [module.training for module in model.modules()]
+    dtype = parameter_dtype(model)
     model.eval()
     try:
         with torch.no_grad():
-            logits: Any = model(x)
+            logits: Any = model(x if dtype is None else x.to(dtype))
     except Exception as cause:
         raise CaseError(
             f"the model fails on an input of shape {tuple(x.shape)} "

@@ -9,6 +9,7 @@ from robustdeq.equilibrium import Honest, parse_gradient
 from robustdeq.errors import UsageError
 from robustdeq.evaluation.provenance import source_digest
 from robustdeq.interfaces import Attack, Scope, option
+from robustdeq.keys import canonical
 from robustdeq.records import Kind
 from robustdeq.registry import load, parameters_of
 from robustdeq.suite import AttackEntry
@@ -77,7 +78,7 @@ def attack_stage(
         )
     spec = {
         "attack": name,
-        "parameters": parameters_of(plugin),
+        "parameters": {key: _plain(value) for key, value in parameters_of(plugin).items()},
         "gradient": gradient,
         "value": value,
         "needs": str(plugin.needs),
@@ -85,6 +86,14 @@ def attack_stage(
     }
     label = name if gradient == "honest" else f"{name}[{gradient}]"
     return Stage("attack", label, plugin, gradient, value, track, spec)
+
+
+def _plain(value: Any) -> Any:
+    """A parameter as JSON data; an object that has no such form stands as its `repr`."""
+    try:
+        return canonical(value)
+    except TypeError:
+        return repr(value)
 
 
 def unique(stages: list[Stage]) -> tuple[Stage, ...]:

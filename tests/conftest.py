@@ -1,0 +1,46 @@
+"""Fixtures, and a guard that core and plugins are of one checkout."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from toys import Linear, ToyEquilibrium
+
+import robustdeq
+from robustdeq.equilibrium import FixedPoint, Implicit
+from robustdeq.registry import plugin_class
+
+
+def pytest_sessionstart() -> None:
+    """Refuse to test the core of one checkout with the plugins of another."""
+    torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
+    core = Path(robustdeq.__file__).resolve().parent
+    plugin = Path(inspect.getfile(plugin_class("defense", "deq"))).resolve().parent
+    if plugin not in (core / "defenses", core.parent / "defenses"):
+        pytest.exit(f"core is {core}, but plugins come from {plugin}; install this checkout again.")
+
+
+@pytest.fixture
+def toy() -> ToyEquilibrium:
+    return ToyEquilibrium(gradient=Implicit(FixedPoint(tolerance=1e-13, max_steps=500)))
+
+
+@pytest.fixture
+def toy_images() -> Tensor:
+    return torch.rand(8, 1, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def linear() -> Linear:
+    return Linear()
+
+
+@pytest.fixture
+def linear_data(linear: Linear) -> tuple[Tensor, Tensor]:
+    """Images well inside the box, labelled by the model: clean accuracy 1."""
+    x = 0.3 + 0.4 * torch.rand(24, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+    return x, linear(x).argmax(1).detach()
