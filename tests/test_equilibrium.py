@@ -301,6 +301,25 @@ def test_nfe_counts_every_cell_call_wherever_it_is_made(
     assert (meter.forward, meter.backward) == (8 * (5 + 3), 8 * 3)
 
 
+def test_nfe_is_charged_until_a_samples_own_stop() -> None:
+    x = torch.rand(32, 1, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    x[::2] *= 0.01
+    model = ToyEquilibrium(FixedPoint(), Implicit(FixedPoint()), rho=0.9)
+
+    def cost(parts: list[Tensor]) -> tuple[int, int]:
+        with metered() as meter:
+            for part in parts:
+                leaf = part.clone().requires_grad_()
+                torch.autograd.grad(model(leaf).logsumexp(1).sum(), leaf)
+        return meter.forward, meter.backward
+
+    assert cost([x]) == cost(list(x.split(1)))
+    drive = model.drive()
+    with metered() as meter, torch.no_grad():
+        model.predict(x, drive)
+    assert meter.forward == int(drive.solves[0].steps.sum())
+
+
 def test_states_are_kept_on_request(toy: ToyEquilibrium, toy_images: Tensor) -> None:
     drive = toy.drive(solver=FixedPoint(tolerance=0.0, max_steps=4))
     solve = drive(toy.cell, toy.embed(toy_images), keep_states=True)

@@ -15,7 +15,9 @@ from torch import Tensor
 class Meter:
     """Sample-weighted counts: one evaluation of a batch of B rows adds B.
 
-    `forward` counts evaluations, `backward` vector-Jacobian products through one.
+    `forward` counts evaluations, `backward` vector-Jacobian products through one. Inside a solve a
+    sample is charged until its own stop: rows that only wait for their companions cost nothing, so
+    the counts do not depend on how samples are batched.
     """
 
     forward: int = 0
@@ -24,6 +26,21 @@ class Meter:
 
 _METERS: ContextVar[tuple[Meter, ...]] = ContextVar("robustdeq_meters", default=())
 _INSIDE: ContextVar[bool] = ContextVar("robustdeq_inside_counted", default=False)
+
+
+class charged:  # noqa: N801 - reads as a statement
+    """Within the block an evaluation counts for so many rows, whatever it is given."""
+
+    rows: int | None = None  # for all threads: autograd runs hooks in threads of its own
+
+    def __init__(self, rows: int) -> None:
+        self.inner = rows
+
+    def __enter__(self) -> None:
+        self.outer, charged.rows = charged.rows, self.inner
+
+    def __exit__(self, *_: object) -> None:
+        charged.rows = self.outer
 
 
 @contextmanager
@@ -83,12 +100,12 @@ def _rows(args: tuple[Any, ...], argument: int, out: Tensor) -> int:
 
 def _count(meters: tuple[Meter, ...], out: Tensor, rows: int) -> None:
     for meter in meters:
-        meter.forward += rows
+        meter.forward += rows if charged.rows is None else charged.rows
     if isinstance(out, Tensor) and out.requires_grad:
 
         def on_backward(gradient: Tensor) -> Tensor:
             for meter in meters:
-                meter.backward += rows
+                meter.backward += rows if charged.rows is None else charged.rows
             return gradient
 
         # The meters are captured here because autograd may run hooks in another thread.

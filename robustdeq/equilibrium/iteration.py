@@ -14,6 +14,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from robustdeq.equilibrium.counting import charged
 from robustdeq.equilibrium.solution import Map, Solve, residual_of
 from robustdeq.errors import UsageError
 
@@ -104,7 +105,8 @@ class _Run:
 
     def solve(self) -> Solve:
         for step in range(self.solver.max_steps):
-            fz = self.f(self.z.view(-1, *self.shape), step, self.rows).flatten(1)
+            with charged(self.remaining):
+                fz = self.f(self.z.view(-1, *self.shape), step, self.rows).flatten(1)
             self._observe(fz)
             if self.remaining == 0 or step + 1 == self.solver.max_steps:
                 break
