@@ -32,6 +32,10 @@ class Residual(nn.Module):
         else:
             self.first = nn.Conv2d(shape[0], inner, 3, padding=1)
             self.second = nn.Conv2d(inner, shape[0], 3, padding=1)
+        # Where the power iterations stand: no part of the weights, but of a checkpoint.
+        for index, layer in enumerate((self.first, self.second)):
+            direction = _first_direction(layer, shape)
+            self.register_buffer(f"direction{index}", direction, persistent=False)
 
     def forward(self, z: Tensor) -> Tensor:
         """The residual branch at states (batch, *shape)."""
@@ -42,16 +46,13 @@ class Residual(nn.Module):
     def project(self, iterations: int = 3) -> None:
         """Scale both weights to an operator norm of at most 1, by power iteration.
 
-        The direction found is kept between calls (not in the state), so a few iterations a
-        training step suffice; `project(200)` at the end makes it tight.
+        The direction found is kept between calls, so a few iterations a training step suffice;
+        `project(200)` at the end makes it tight.
         """
         for index, layer in enumerate((self.first, self.second)):
-            name = f"_direction{index}"
-            v = getattr(self, name, None)
-            if v is None or v.device != layer.weight.device or v.dtype != layer.weight.dtype:
-                v, iterations = _first_direction(layer, self.shape), max(iterations, 50)
-            norm, v = _operator_norm(layer, v, iterations)
-            setattr(self, name, v)
+            direction = self.get_buffer(f"direction{index}")
+            norm, following = _operator_norm(layer, direction, iterations)
+            direction.copy_(following)
             if norm > 1:
                 layer.weight.div_(norm)
 

@@ -118,6 +118,18 @@ def dataset_names() -> list[str]:
     return ["digits", *_SOURCES]
 
 
+def spec_of(name: str) -> DataSpec:
+    """The description of a data set; only one given by path has to be read for it.
+
+    Raises:
+        UsageError: for an unknown name, or a path that cannot be read.
+    """
+    check_dataset(name)
+    if name == "digits":
+        return DIGITS
+    return _SOURCES[name].spec if name in _SOURCES else load_slice(name, "test", 1).spec
+
+
 def check_dataset(name: str) -> None:
     """Refuse a name that is neither known nor an existing path.
 

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from robustdeq.errors import UsageError
 from robustdeq.files import make_folder, write_atomically
-from robustdeq.keys import canonical_json
+from robustdeq.keys import canonical_json, digest
 
 FORMAT = 1
 Kind = Literal["clean", "attack", "checks"]
@@ -165,6 +165,30 @@ def _to_pandas(table: pa.Table) -> pd.DataFrame:
     return frame
 
 
+def _column_digests(table: pa.Table) -> dict[str, str]:
+    """A digest per column: Parquet's own checksums leave headers and metadata uncovered."""
+    return {
+        name: hashlib.sha256(repr(table[name].to_pylist()).encode()).hexdigest()
+        for name in table.schema.names
+    }
+
+
+def _unsealed(table: pa.Table) -> dict[str, Any]:
+    """The metadata of a record that is as it was written.
+
+    Raises:
+        ValueError: if the metadata or a column differ from their digests.
+    """
+    held = table.schema.metadata or {}
+    text = held[b"robustdeq"].decode()
+    seal = json.loads(held[b"robustdeq_seal"])
+    found = {"meta": digest(text), **_column_digests(table)}
+    if any(seal.get(name) != value for name, value in found.items()):
+        raise ValueError("the record does not match its seal")
+    data: dict[str, Any] = json.loads(text)
+    return data
+
+
 class Store:
     """A folder of records, named by their keys."""
 
@@ -181,7 +205,10 @@ class Store:
         schema = CHECK_SCHEMA if record.meta.kind == "checks" else SAMPLE_SCHEMA
         table = pa.Table.from_pandas(record.rows, schema=schema, preserve_index=False)
         text = canonical_json(asdict(record.meta))
-        table = table.replace_schema_metadata({b"robustdeq": text.encode()})
+        seal = canonical_json({"meta": digest(text), **_column_digests(table)})
+        table = table.replace_schema_metadata(
+            {b"robustdeq": text.encode(), b"robustdeq_seal": seal.encode()}
+        )
         buffer = io.BytesIO()
         pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
         write_atomically(self.path(record.meta.key), buffer.getvalue())
@@ -206,10 +233,10 @@ class Store:
             with pq.ParquetFile(path, page_checksum_verification=True) as file:
                 names = [n for n in file.schema_arrow.names if pixels or n != "adversarial"]
                 table = file.read(columns=names)
-            data = json.loads((table.schema.metadata or {})[b"robustdeq"])
+            data = _unsealed(table)
         except FileNotFoundError:
             return None
-        except (OSError, pa.ArrowException, KeyError, ValueError):
+        except (OSError, pa.ArrowException, KeyError, ValueError, OverflowError, MemoryError):
             return None
         if data.get("format", 0) > FORMAT:
             raise UsageError(

@@ -195,8 +195,8 @@ def _samples(clean: pd.DataFrame, attacks: dict[str, pd.DataFrame]) -> pd.DataFr
         first = first[broken_by[first.index].isna()]
         broken_by.loc[first.index] = first
     table["robust"] = table["clean"] & broken_by.isna().to_numpy()
-    names = [None if pd.isna(name) else name for name in broken_by]
-    table["broken_by"] = pd.Series(names, index=table.index, dtype=object)
+    named = [None if pd.isna(name) else name for name in broken_by]
+    table["broken_by"] = pd.Series(named, index=table.index, dtype=object)
     return table[["index", "label", "clean", "robust", "broken_by"]]
 
 
@@ -288,7 +288,9 @@ def _check_flags(checks: pd.DataFrame) -> Iterable[str]:
 def _black_box_flag(evidence: Evidence, verdict: Verdict) -> list[str]:
     """Queries alone broke what gradients did not: a symptom of masked gradients."""
     blind = {
-        r.meta.label for r in _of(evidence, "attack") if r.meta.stage.get("needs") != "gradients"
+        r.meta.label
+        for r in _of(evidence, "attack")
+        if r.meta.stage.get("needs") in ("logits", "labels")
     }
     by = verdict.samples["broken_by"].dropna()
     count = sum(name.split("/")[0] in blind or name.endswith("/square") for name in by)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robustdeq.datasets import load_slice
+from robustdeq.datasets import SliceIdentity, spec_of
 from robustdeq.errors import CaseError, UsageError, unknown
 from robustdeq.evaluation.chain import Chain, Chunk, Event, Memory, Subject
 from robustdeq.evaluation.provenance import core_digest
@@ -113,7 +113,7 @@ def load_model(
                 continue
             ids.add(case.entry.id)
             if case.entry.id == id and wanted in (None, str(case.threat)):
-                data = load_slice(dataset, "test", 1).identity()
+                data = SliceIdentity(spec_of(dataset), "test", 0, "")
                 source = weights_source(suite, None)
                 return build_subject(case, data, source, torch.device(device), None).model.eval()
     if id in ids:

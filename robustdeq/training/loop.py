@@ -133,6 +133,7 @@ class _Run:
             {
                 "step": self.step,
                 "model": self.model.state_dict(),
+                "buffers": dict(self.model.named_buffers()),
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": self.schedule.state_dict(),
                 "generator": self.generator.get_state(),
@@ -150,6 +151,8 @@ class _Run:
         try:
             held: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
             self.model.load_state_dict(held["model"])
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(held["buffers"][name])
             self.optimizer.load_state_dict(held["optimizer"])
             self.schedule.load_state_dict(held["schedule"])
             self.generator.set_state(held["generator"].cpu())

@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from robustdeq.errors import UsageError
+from robustdeq.records import FORMAT, Record, RecordMeta, Status, Store, check_frame, sample_frame
+from robustdeq.tables import COLUMNS, tabulate, to_csv, to_markdown
+from robustdeq.verdict import Evidence, Failure, Verdict, judge_evidence
+
+CASE = {"id": "Row", "defense": "deq", "dataset": "digits", "threat": "Linf:0.1", "n": 4}
+STAGE = {
+    "attack": "autoattack",
+    "parameters": {"version": "standard"},
+    "gradient": "honest",
+    "needs": "gradients",
+}
+
+
+def record(kind: str = "clean", label: str = "clean", key: str = "k", **columns: object) -> Record:
+    full = {
+        "index": [0, 1, 2, 3],
+        "label": [3, 1, 2, 0],
+        "clean_prediction": [3, 1, 2, 1],
+        "clean_correct": [True, True, True, False],
+        "status": [Status.CLEAN] * 4,
+    } | columns
+    meta = RecordMeta(
+        key=key,
+        kind=kind,  # type: ignore[arg-type]
+        case=CASE,
+        case_key="c",
+        stage=STAGE if label == "autoattack" else {"needs": "logits"} if label == "square" else {},
+        label=label,
+        chunk=0,
+        track="deterministic",
+        forward_nfe=10,
+        backward_nfe=5,
+        seconds=1.5,
+    )
+    return Record(meta, sample_frame(full, 4))
+
+
+def attack(label: str, correct: list[bool | None], **columns: object) -> Record:
+    words = [Status.OK if c is not None else Status.BROKEN_BEFORE for c in correct]
+    words[3] = Status.MISCLASSIFIED
+    values = {"status": words, "adversarial_correct": correct} | columns
+    return record("attack", label, label, **values)
+
+
+def verdict(*records: Record, labels: tuple[str, ...] | None = None, **more: object) -> Verdict:
+    expected = labels or tuple(r.meta.label for r in records if r.meta.kind == "attack")
+    evidence = Evidence(case=CASE, chunks=1, expected={0: expected}, records=records)
+    return judge_evidence(replace(evidence, **more))  # type: ignore[arg-type]
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+    store, written = Store(tmp_path), record(adversarial=[b"ab", None, None, None])
+    store.write(written)
+    held = store.read("k")
+    assert held is not None
+    assert held.meta == written.meta
+    pd.testing.assert_frame_equal(held.rows, written.rows)
+    assert held.content_digest == written.content_digest
+    assert store.read("other") is None
+    assert [p.name for p in tmp_path.iterdir()] == ["k.parquet"]
+
+
+def test_content_digests_ignore_costs_and_nothing_else() -> None:
+    same = record(seconds=[1.0] * 4, forward_nfe=[9.0] * 4)
+    assert same.content_digest == record().content_digest
+    assert record(clean_prediction=[3, 1, 2, 2]).content_digest != record().content_digest
+    assert record(adversarial=[b"a", None, None, None]).content_digest != record().content_digest
+
+
+def test_every_flipped_byte_is_noticed_or_harmless(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write(record(adversarial=[b"pixels", None, None, None]))
+    path = store.path("k")
+    whole = path.read_bytes()
+    original = store.read("k")
+    assert original is not None
+    refused = 0
+    for position in range(0, len(whole), 11):
+        for bit in (0x01, 0x80):
+            changed = bytes([whole[position] ^ bit])
+            path.write_bytes(whole[:position] + changed + whole[position + 1 :])
+            held = store.read("k")
+            refused += held is None
+            if held is not None:
+                assert held.meta == original.meta
+                pd.testing.assert_frame_equal(held.rows, original.rows)
+    assert refused > len(whole) / 11
+
+
+@pytest.mark.parametrize("length", [0, 3, 100, -1])
+def test_torn_files_count_as_absent(tmp_path: Path, length: int) -> None:
+    store = Store(tmp_path)
+    store.write(record())
+    path = store.path("k")
+    path.write_bytes(path.read_bytes()[:length])
+    assert store.read("k") is None
+
+
+def test_a_record_under_another_name_counts_as_absent(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write(record())
+    store.path("k").rename(store.path("other"))
+    assert store.read("other") is None
+
+
+def test_a_newer_format_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write(replace_meta(record(), format=FORMAT + 1))
+    with pytest.raises(UsageError, match="newer RobustDEQ"):
+        store.read("k")
+    data = json.loads(pq.read_schema(store.path("k")).metadata[b"robustdeq"])
+    assert data["format"] == FORMAT + 1
+
+
+def replace_meta(held: Record, **changes: object) -> Record:
+    return Record(replace(held.meta, **changes), held.rows)  # type: ignore[arg-type]
+
+
+def test_the_verdict_is_the_and_over_attacks() -> None:
+    found = verdict(
+        record(),
+        attack("autoattack", [True, False, True, None], made_by=["", "apgd-ce", "", ""]),
+        attack("pgd", [True, None, False, None]),
+    )
+    assert found.clean_acc == 0.75
+    assert found.autoattack_acc == 0.5
+    assert found.robust_acc == 0.25
+    assert found.broken_by == {"autoattack/apgd-ce": 1, "pgd": 1}
+    assert found.samples["robust"].tolist() == [True, False, False, False]
+    assert found.samples["broken_by"].tolist() == [None, "autoattack/apgd-ce", "pgd", None]
+    assert (found.forward_nfe, found.backward_nfe, found.seconds) == (30, 15, 4.5)
+    # Wilson's interval for 1 of 4, from its closed form.
+    z, n, p = 1.959963984540054, 4, 0.25
+    center = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    assert found.robust_low == pytest.approx(center - half)
+    assert found.robust_high == pytest.approx(center + half)
+
+
+def test_missing_and_failed_stages_leave_no_robust_accuracy() -> None:
+    missing = verdict(record(), attack("pgd", [True] * 3 + [None]), labels=("pgd", "autoattack"))
+    assert missing.robust_acc is None
+    assert "autoattack is missing" in missing.note
+    failed = verdict(record(), labels=("pgd",), failures=(Failure("pgd", 0, "out of ideas"),))
+    assert (failed.status, failed.note) == ("failed", "pgd: out of ideas")
+    nothing = verdict(labels=(), expected={})
+    assert nothing.status == "missing"
+    assert nothing.clean_acc is None
+    chunk_missing = verdict(record(), attack("pgd", [True] * 3 + [None]), chunks=2)
+    assert chunk_missing.robust_acc is None
+
+
+def test_non_finite_examples_on_survivors_leave_no_robust_accuracy() -> None:
+    words = ["nonfinite", Status.OK, Status.OK, Status.MISCLASSIFIED]
+    lost = attack("pgd", [None, True, True, None], status=words)
+    assert verdict(record(), lost).robust_acc is None
+    broken = attack("square", [False, True, True, None])
+    resolved = verdict(record(), lost, broken)  # another attack settled that sample
+    assert resolved.robust_acc == 0.5
+
+
+def test_flags_name_their_numbers() -> None:
+    checks = check_frame(
+        [
+            {"name": "zero_gradient", "value": 0.5, "threshold": 0.05, "n": 4, "status": "failed"},
+            {"name": "fine", "value": 0.0, "threshold": 0.05, "n": 4, "status": "passed"},
+        ]
+    )
+    held = Record(replace(record().meta, kind="checks", key="x"), checks)
+    nan = attack("pgd", [True, True, False, None], adversarial_prediction=[3, 1, -1, None])
+    square = attack("square", [False, False, True, None])
+    flags = verdict(record(), held, nan, square).flags
+    assert "zero_gradient=0.5" in flags
+    assert "nonfinite_logits:pgd=1" in flags
+    assert "black_box_beats_gradients=0.5" in flags
+    assert len(flags) == 3
+
+
+def row(name: str, robust: float | None, **more: object) -> Verdict:
+    out = Verdict(name, "deq", "digits", "Linf:0.1", 10, clean_acc=0.9, robust_acc=robust)
+    if robust is None:
+        out.status, out.note = "failed", "because"
+    for key, value in more.items():
+        setattr(out, key, value)
+    return out
+
+
+def test_ranks_are_shared_by_ties_and_withheld_from_failures() -> None:
+    table = tabulate(
+        [
+            row("C", 0.4),
+            row("A", 0.5),
+            row("F", None),
+            row("B", 0.5),
+            row("V", 0.9, flags=("outside_ball:pgd=3",)),
+            row("R", 0.1, track="randomized"),
+        ]
+    )
+    assert list(table.columns) == list(COLUMNS)
+    assert dict(zip(table["id"], table["rank"].astype(object), strict=True)) | {} == {
+        "A": 1, "B": 1, "C": 3, "F": pd.NA, "V": pd.NA, "R": 1,
+    }  # fmt: skip
+    assert table["id"].tolist() == ["A", "B", "C", "F", "V", "R"]
+
+
+def test_missing_figures_are_empty_in_csv_and_not_zero() -> None:
+    text = to_csv(tabulate([row("F", None), row("Z", 0.0)]))
+    frame = pd.read_csv(pd.io.common.StringIO(text)).set_index("id")
+    assert pd.isna(frame.loc["F", "robust_acc"])
+    assert frame.loc["Z", "robust_acc"] == 0.0
+    markdown = to_markdown(tabulate([row("F", None), row("Z", 0.0)]), "t")
+    assert "n/a" in markdown
+    assert "failed: because" in markdown
+
+
+def test_markdown_escapes_what_a_stranger_named() -> None:
+    text = to_markdown(tabulate([row("<script>|x|\n[a](b)", 0.5)]), "t")
+    assert "<script>" not in text
+    (line,) = [line for line in text.splitlines() if "script" in line]
+    assert line.replace("\\|", "").count("|") == 13
