@@ -296,7 +296,11 @@ def _train_all(
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     unfinished = 0
     for job in jobs:
-        left = None if deadline is None else max((deadline - time.monotonic()) / 60, 0.0)
+        left = None if deadline is None else (deadline - time.monotonic()) / 60
+        if left is not None and left <= 0:
+            _out.print(f"{escape(str(job.out))} was not started; the same command goes on")
+            unfinished += 1
+            continue
         with Progress(console=_out, disable=not _out.is_terminal) as progress:
             task = progress.add_task(f"{job.recipe} {job.defense}", total=None)
 

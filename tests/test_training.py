@@ -42,7 +42,9 @@ def job(folder: Path, **changes: Any) -> Job:
 def test_every_recipe_trains_every_defense(defense: str, recipe: str) -> None:
     data = load_slice("digits", "train").take(slice(512))
     plugin = load("defense", defense, {"width": 32, "inner": 32})
-    fast = {"epochs": 12, "learning_rate": 1e-2} | ({} if recipe == "clean" else {"steps": 2})
+    fast: dict[str, Any] = {"epochs": 12, "learning_rate": 1e-2} | (
+        {} if recipe == "clean" else {"steps": 2}
+    )
     if defense == "deq":
         fast |= {"gradient": "phantom(2,1)", "solver_steps": 3}
     threat = Threat.parse("Linf:0.05")
@@ -74,6 +76,9 @@ def test_interrupted_training_goes_on_to_the_same_weights(tmp_path: Path) -> Non
     assert stops > 1
     assert part.sha256 == whole.sha256
     assert not parts.out.with_suffix(".checkpoint").exists()
+    written = parts.out.stat().st_mtime_ns
+    assert run_job(parts, device=CPU, minutes=1).sha256 == whole.sha256
+    assert parts.out.stat().st_mtime_ns == written  # complete: not trained again
 
 
 def test_a_foreign_checkpoint_is_refused(tmp_path: Path) -> None:

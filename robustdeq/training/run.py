@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from robustdeq.datasets import load_slice
-from robustdeq.errors import UsageError
+from robustdeq.errors import CaseError, UsageError
 from robustdeq.evaluation.provenance import versions
-from robustdeq.keys import canonical
+from robustdeq.keys import canonical, file_sha256
 from robustdeq.registry import load, parameters_of
 from robustdeq.suite import DefenseEntry, Suite, expand
 from robustdeq.threats import Threat
 from robustdeq.training.loop import Progress, train
-from robustdeq.weights import WeightsInfo, save_weights
+from robustdeq.weights import WeightsInfo, read_info, save_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +87,19 @@ def run_job(
         )
     defense = load("defense", job.defense, job.parameters)
     recipe = load("recipe", job.recipe, job.recipe_parameters)
+    info = WeightsInfo(
+        defense=job.defense,
+        parameters=canonical(parameters_of(defense)),
+        dataset=job.dataset,
+        recipe=job.recipe,
+        recipe_parameters=canonical(parameters_of(recipe)),
+        threat=job.threat if recipe.adversarial else "",
+        seed=job.seed,
+        complete=True,
+        environment={**versions(), "device": device.type},
+    )
+    if minutes is not None and _is_done(job.out, info):
+        return Trained(job.out, file_sha256(job.out), complete=True)
     data = load_slice(job.dataset, "train")
     job.out.parent.mkdir(parents=True, exist_ok=True)
     model, complete = train(
@@ -100,15 +113,13 @@ def run_job(
         checkpoint=job.out.with_suffix(".checkpoint") if minutes is not None else None,
         report=report,
     )
-    info = WeightsInfo(
-        defense=job.defense,
-        parameters=canonical(parameters_of(defense)),
-        dataset=job.dataset,
-        recipe=job.recipe,
-        recipe_parameters=canonical(parameters_of(recipe)),
-        threat=job.threat if recipe.adversarial else "",
-        seed=job.seed,
-        complete=complete,
-        environment={**versions(), "device": device.type},
-    )
+    info = replace(info, complete=complete)
     return Trained(job.out, save_weights(model, info, job.out), complete)
+
+
+def _is_done(path: Path, info: WeightsInfo) -> bool:
+    """Whether a file holds these very weights already, complete, from whichever environment."""
+    try:
+        return replace(read_info(path), environment=info.environment) == info
+    except CaseError:
+        return False
