@@ -194,3 +194,14 @@ def test_report_and_help_import_no_torch(tmp_path: Path) -> None:
         "import robustdeq.verdict, robustdeq.datasets; sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", check], check=True, cwd=tmp_path)
+
+
+def test_a_folder_of_that_name_where_one_stands_is_not_imported(tiny: Path, tmp_path: Path) -> None:
+    """As in a checkout, where `robustdeq/` holds the core without the plugins."""
+    decoy = tmp_path / "checkout"
+    (decoy / "robustdeq").mkdir(parents=True)
+    (decoy / "robustdeq" / "__init__.py").write_text("raise ImportError('the wrong one')")
+    script = "from robustdeq.cli import main; main()"
+    command = [sys.executable, "-P", "-c", script, "run", str(tiny), "--samples", "3"]
+    done = subprocess.run(command, cwd=decoy, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

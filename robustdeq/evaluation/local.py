@@ -12,6 +12,7 @@ import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from robustdeq.evaluation.subject import Source, build_subject, chunk_of
 from robustdeq.records import Record, Store
 from robustdeq.registry import Kind, registered
 from robustdeq.suite import AttackEntry, Case
+
+_SAFE_PATH = "PYTHONSAFEPATH"
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,6 +192,17 @@ def _context() -> mp.context.BaseContext:
         return mp.get_context("spawn")
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["robustdeq.evaluation.local"])
+    before = os.environ.get(_SAFE_PATH)
+    # The server is started as `python -c`, which would put the current folder first on its path: in
+    # a checkout it would then import the core from there, and no plugins.
+    os.environ[_SAFE_PATH] = "1"
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ[_SAFE_PATH]
+        else:
+            os.environ[_SAFE_PATH] = before
     return context
 
 
