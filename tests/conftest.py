@@ -7,12 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
 from toys import Linear, ToyEquilibrium
 
 import robustdeq
 from robustdeq.equilibrium import FixedPoint, Implicit
 from robustdeq.registry import plugin_class
+
+# The same examples in every run, on machines of any speed.
+settings.register_profile("robustdeq", deadline=None, derandomize=True)
+settings.load_profile("robustdeq")
 
 
 def pytest_sessionstart() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+import types
 from typing import Any
 
 import pytest
@@ -210,3 +212,28 @@ def test_solve_gradients_are_refused_where_there_is_no_solve(linear: Linear) -> 
     with pytest.raises(UsageError, match="has none; use 'honest'"):
         Target(linear, 4).through(Phantom(3))
     assert Target(ToyEquilibrium(), 4).through(Phantom(3)).iterates
+
+
+def test_the_git_package_is_driven_where_it_is_what_is_installed(
+    linear: Linear, linear_data: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`autoattack` from git names its parts alike; its constructor takes other arguments."""
+    made: list[dict[str, Any]] = []
+
+    class Git:
+        def __new__(
+            cls, model: nn.Module, norm: str = "Linf", eps: float = 0.3, seed: int | None = None,
+            verbose: bool = True, attacks_to_run: Any = (), version: str = "standard",
+            is_tf_model: bool = False, device: str = "cuda", log_path: str | None = None,
+        ) -> Any:  # fmt: skip
+            made.append({"verbose": verbose, "device": device})
+            return Reference(model, norm=norm, eps=eps, seed=seed, version=version, device=device)
+
+    threat = Threat.parse("Linf:0.008")
+    expected = run("autoattack", linear, *linear_data, threat)
+    module = types.ModuleType("autoattack")
+    module.AutoAttack = Git
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    monkeypatch.setitem(sys.modules, "autoattack", module)
+    assert torch.equal(run("autoattack", linear, *linear_data, threat), expected)
+    assert made == [{"verbose": False, "device": "cpu"}]

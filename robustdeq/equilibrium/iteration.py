@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -61,7 +60,7 @@ class Solver(ABC):
     def method(self) -> Method:
         """Fresh memory for one solve."""
 
-    def with_steps(self, steps: int) -> Self:
+    def with_steps(self, steps: int) -> Solver:
         """The same solver with another step limit."""
         return replace(self, max_steps=steps)
 

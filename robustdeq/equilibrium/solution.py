@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ class Solve(NamedTuple):
     adjoint: AdjointTrace | None = None
 
 
+@runtime_checkable
 class Map(Protocol):
     """A map on states, evaluated for all rows of the batch or for some of them."""
 

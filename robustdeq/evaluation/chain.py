@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -30,6 +30,7 @@ from robustdeq.targets import Target
 from robustdeq.threats import Threat, Violation
 
 
+@runtime_checkable
 class Shelf(Protocol):
     """Where records are kept; `records.Store` is one."""
 

@@ -16,7 +16,7 @@ from robustdeq.errors import CaseError, RobustDEQError, UsageError, sentence
 from robustdeq.evaluation.chain import Chunk, Subject
 from robustdeq.evaluation.judge import seeded
 from robustdeq.evaluation.provenance import source_digest
-from robustdeq.keys import canonical, digest
+from robustdeq.keys import canonical, digest, file_sha256
 from robustdeq.randomness import derived_seed
 from robustdeq.records import FORMAT
 from robustdeq.registry import load, parameters_of
@@ -97,7 +97,7 @@ def build_subject(
         "defense": entry.defense,
         "parameters": canonical(parameters_of(defense)),
         "source": source_digest(defense),
-        "weights_sha256": entry.sha256 or state_sha256(model),
+        "weights_sha256": state_sha256(model) if path is None else file_sha256(path),
         "dataset": data.spec.name,
         "classes": data.spec.classes,
         "split": data.split,
