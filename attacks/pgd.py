@@ -25,7 +25,8 @@ class PGD:
 
     Attributes:
         steps: gradient steps of a restart.
-        step_size: length of a step, relative to epsilon; 0 means 2.5 / steps.
+        step_size: length of the first step, relative to epsilon; 0 lets all steps together reach
+            2.5 epsilon, enough to cross the ball from any start.
         restarts: the first starts at the input itself unless `random_start`.
         loss: cross-entropy ("ce"), "margin" or "dlr".
         random_start: whether the first restart is random as well.
@@ -73,10 +74,17 @@ class PGD:
             largest[rows] = torch.maximum(largest[rows], margins)
         return best
 
+    def _shrinkage(self) -> list[float]:
+        """The length of each step, relative to the first."""
+        if not self.decay:
+            return [1.0] * self.steps
+        return [1.0 - 0.9 * step / self.steps for step in range(self.steps)]
+
     def _ascend(
         self, target: Target, x: Images, y: Labels, threat: Threat, start: Images
     ) -> tuple[Images, Tensor]:
-        size = (self.step_size or 2.5 / self.steps) * threat.eps
+        size = (self.step_size or 2.5 / sum(self._shrinkage())) * threat.eps
+        shrinkage = self._shrinkage()
         current, best = start, start.clone()
         largest = torch.full((len(x),), -torch.inf, device=x.device)
         for step in range(self.steps + 1):
@@ -91,8 +99,7 @@ class PGD:
                 best[better], largest = current.detach()[better], torch.maximum(largest, margins)
             if not last:
                 (gradient,) = torch.autograd.grad(loss, current)
-                shrink = 1.0 - 0.9 * step / self.steps if self.decay and self.steps > 1 else 1.0
                 gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
-                ascent = threat.steepest(gradient) * (size * shrink)
+                ascent = threat.steepest(gradient) * (size * shrinkage[step])
                 current = threat.project(x, current.detach() + ascent)
         return best, largest
