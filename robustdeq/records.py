@@ -189,6 +189,15 @@ def _unsealed(table: pa.Table) -> dict[str, Any]:
     return data
 
 
+def broken(rows: pd.DataFrame) -> pd.Series:
+    """Samples that an attack's record turned from right to wrong, by the judge's word."""
+    return (
+        (rows["status"] == Status.OK)
+        & rows["clean_correct"].astype(bool)
+        & ~rows["adversarial_correct"].fillna(True).astype(bool)
+    )
+
+
 class Store:
     """A folder of records, named by their keys."""
 

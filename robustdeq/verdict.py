@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 from scipy.stats import binomtest
 
-from robustdeq.records import Record, Status
+from robustdeq.records import Record, broken
 
 BLACK_BOX_GAIN = 0.02
 """Share of samples that only a black-box attack broke, from which gradients are doubted."""
@@ -179,6 +179,9 @@ def _gaps(evidence: Evidence) -> list[str]:
     )
     if not gaps:
         gaps = [f"{label} is missing for {count} chunks" for label, count in lacking.items()]
+    if not gaps and not all(evidence.expected.values()):
+        # Else a model that every attack had to skip would be as robust as it is accurate.
+        gaps = ["no attack applies to this model; add one through 'honest'"]
     if not gaps and len(evidence.expected) < evidence.chunks:
         gaps = [f"{len(evidence.expected)} of {evidence.chunks} chunks have begun"]
     return gaps
@@ -189,24 +192,15 @@ def _samples(clean: pd.DataFrame, attacks: dict[str, pd.DataFrame]) -> pd.DataFr
     table["clean"] = clean["clean_correct"].astype(bool)
     broken_by = pd.Series(None, index=clean["index"], dtype=object)
     for label, rows in attacks.items():
-        broken = rows[_broken(rows)]
-        names = [f"{label}/{part}" if part else label for part in broken["made_by"].fillna("")]
-        first = pd.Series(names, index=broken["index"], dtype=object)
+        fallen = rows[broken(rows)]
+        names = [f"{label}/{part}" if part else label for part in fallen["made_by"].fillna("")]
+        first = pd.Series(names, index=fallen["index"], dtype=object)
         first = first[broken_by[first.index].isna()]
         broken_by.loc[first.index] = first
     table["robust"] = table["clean"] & broken_by.isna().to_numpy()
     named = [None if pd.isna(name) else name for name in broken_by]
     table["broken_by"] = pd.Series(named, index=table.index, dtype=object)
     return table[["index", "label", "clean", "robust", "broken_by"]]
-
-
-def _broken(rows: pd.DataFrame) -> pd.Series:
-    """Samples that this attack turned from right to wrong, by the judge's word."""
-    return (
-        (rows["status"] == Status.OK)
-        & rows["clean_correct"].astype(bool)
-        & ~rows["adversarial_correct"].fillna(True).astype(bool)
-    )
 
 
 def _unresolved(attacks: dict[str, pd.DataFrame], samples: pd.DataFrame) -> Counter[str]:
@@ -229,7 +223,7 @@ def _add_accuracies(verdict: Verdict, attacks: dict[str, pd.DataFrame], evidence
     for label in _autoattack_labels(evidence, wanted):
         rows = attacks[label]
         if len(rows) == verdict.n:
-            correct = rows["clean_correct"].astype(bool) & ~_broken(rows)
+            correct = rows["clean_correct"].astype(bool) & ~broken(rows)
             verdict.autoattack_acc = float(correct.mean())
             return
 

@@ -115,6 +115,16 @@ def test_a_failing_attack_leaves_no_robust_accuracy_and_stops_no_other(
     assert "shape" in verdict.note
 
 
+def test_a_model_that_every_attack_skips_has_no_robust_accuracy(
+    linear: Linear, linear_data: tuple[Tensor, Tensor]
+) -> None:
+    skipped = AttackEntry(attack="pgd", gradients=("unrolled(3)",))
+    verdict = robustdeq.evaluate(linear, *linear_data, threat=EPS, attacks=[skipped])
+    assert verdict.clean_acc == 1.0
+    assert verdict.robust_acc is None
+    assert "no attack applies" in verdict.note
+
+
 def test_an_attack_that_writes_into_its_input_moves_nothing(
     linear: Linear, linear_data: tuple[Tensor, Tensor]
 ) -> None:

@@ -24,7 +24,7 @@ from robustdeq.evaluation.stages import CHECKS, CLEAN, Stage
 from robustdeq.interfaces import Candidates, Scope, option
 from robustdeq.keys import digest
 from robustdeq.randomness import SampleRandom
-from robustdeq.records import FORMAT, Record, RecordMeta, Status, check_frame, sample_frame
+from robustdeq.records import FORMAT, Record, RecordMeta, Status, broken, check_frame, sample_frame
 from robustdeq.shapes import Images, Labels
 from robustdeq.targets import Target
 from robustdeq.threats import Threat, Violation
@@ -177,10 +177,7 @@ class Chain:
         alive = clean["clean_correct"].to_numpy(dtype=bool).copy()
         for record in self.records:
             if record.meta.kind == "attack":
-                broken = (record.rows["status"] == Status.OK) & ~record.rows[
-                    "adversarial_correct"
-                ].fillna(True).astype(bool)
-                alive &= ~broken.to_numpy(dtype=bool)
+                alive &= ~broken(record.rows).to_numpy(dtype=bool)
         return [int(row) for row in np.flatnonzero(alive)]
 
 
