@@ -116,6 +116,12 @@ def train(
         str | None, typer.Option(help="With --suite: weights whose name contains this.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Decides every weight.")] = 0,
+    validation: Annotated[
+        int, typer.Option(help="Training images held out to choose the weights by; 0: the last.")
+    ] = 0,
+    precision: Annotated[
+        str, typer.Option(help="auto, float32 or bfloat16 (autocast); auto: bfloat16 on a GPU.")
+    ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     minutes: Annotated[
         float | None, typer.Option(help="Stop by then; the same command goes on.")
@@ -151,9 +157,11 @@ def train(
                 threat=threat,
                 seed=seed,
                 out=out,
+                validation=validation,
             )
         ]
-    _train_all(jobs, expected, pick_device(device), minutes)
+    picked = pick_device(device)
+    _train_all(jobs, expected, picked, _precision(precision, picked.type), minutes)
 
 
 @app.command()
@@ -281,8 +289,21 @@ def _assignments(items: list[str]) -> dict[str, Any]:
     return values
 
 
+def _precision(name: str, device: str) -> str:
+    known = ("auto", "float32", "bfloat16")
+    if name not in known:
+        raise unknown("precision", name, known)
+    if name != "auto":
+        return name
+    return "bfloat16" if device == "cuda" else "float32"
+
+
 def _train_all(
-    jobs: list[Any], expected: dict[str, str], device: Any, minutes: float | None
+    jobs: list[Any],
+    expected: dict[str, str],
+    device: Any,
+    precision: Any,
+    minutes: float | None,
 ) -> None:
     import time
 
@@ -308,7 +329,7 @@ def _train_all(
                 text = f"{job.recipe} {job.defense}, loss {p.loss:.3f}"
                 progress.update(task, completed=p.step, total=p.steps, description=text)
 
-            trained = run_job(job, device=device, minutes=left, report=show)
+            trained = run_job(job, device=device, precision=precision, minutes=left, report=show)
         note = "complete" if trained.complete else "incomplete; the same command goes on"
         wanted = expected.get(trained.path.name)
         if wanted and trained.complete:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
@@ -18,9 +19,11 @@ from robustdeq.threats import Threat
 
 @dataclass(frozen=True)
 class About:
-    """Where an idea comes from, and what its authors claim for it.
+    """Where an idea comes from, what its authors claim for it, and what we found.
 
-    `claimed` is empty where the claim is not known to us; it is never written from memory.
+    Attributes:
+        claimed: empty where the claim is not known to us; it is never written from memory.
+        reproduced: what we could and could not reproduce, and what is ours in it.
     """
 
     title: str
@@ -28,6 +31,7 @@ class About:
     venue: str = ""
     link: str = ""
     claimed: str = ""
+    reproduced: str = ""
 
 
 class Access(StrEnum):
@@ -65,7 +69,9 @@ class Budget(NamedTuple):
 class Defense(Protocol):
     """A defense plugin: a frozen dataclass whose fields are its parameters.
 
-    `recipe` names the training recipe that is used where none is given.
+    `recipe` names the training recipe that is used where none is given. It may also define
+    `trained_as()`: the defense, of the same weights, that stands for it in training (a purifier
+    that acts at inference alone is trained without it).
     """
 
     about: ClassVar[About]
@@ -98,17 +104,35 @@ class Attack(Protocol):
 class Recipe(Protocol):
     """A training recipe plugin: a frozen dataclass whose fields are its parameters.
 
-    `prefix` begins the row IDs of models trained with it, as in `Madry2018Towards_deq`.
+    `prefix` begins the row IDs of models trained with it, as in `Madry2018Towards_deq`. It may also
+    define `gradient` and `solver_steps` (the estimator that training differentiates through, and
+    the step limit of the solver in training) and `trainer(task)` (a `robustdeq.training.task`
+    trainer of its own in place of gradient descent, as federated averaging needs).
     """
 
     about: ClassVar[About]
     prefix: ClassVar[str]
     adversarial: ClassVar[bool]
 
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    weight_decay: float
+    @property
+    def epochs(self) -> int:
+        """Passes over the training split."""
+        ...
+
+    @property
+    def batch_size(self) -> int:
+        """Images a step."""
+        ...
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak of the schedule."""
+        ...
+
+    @property
+    def weight_decay(self) -> float:
+        """Of AdamW."""
+        ...
 
     def loss(
         self,
@@ -126,3 +150,9 @@ class Recipe(Protocol):
 def option(plugin: Any, name: str, default: Any) -> Any:
     """An optional member of a plugin, or the default."""
     return getattr(plugin, name, default)
+
+
+def trained_form(defense: Defense) -> Defense:
+    """The defense that stands for another in training: itself, unless it says otherwise."""
+    trained_as: Callable[[], Defense] = option(defense, "trained_as", lambda: defense)
+    return trained_as()

@@ -48,12 +48,18 @@ class AttackEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How weights came to be: enough for `robustdeq train` to make them again."""
+    """How weights came to be: enough for `robustdeq train` to make them again.
+
+    Attributes:
+        threat: that of the training; empty means the row's own.
+        validation: training images held out to choose the weights by; 0 keeps the last ones.
+    """
 
     recipe: str
     parameters: dict[str, Any] = field(default_factory=dict)
     threat: str = ""
     seed: int = 0
+    validation: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,8 @@ FORMAT = 1
 class WeightsInfo:
     """What trained weights are: enough to build their model and to train them again.
 
-    `threat` is empty for clean training; `complete` is false where a time budget ended it early.
+    `threat` is empty for clean training; `complete` is false where a time budget ended it early;
+    `validation` is the number of training images that were held out to choose the weights by.
     """
 
     defense: str
@@ -37,12 +38,22 @@ class WeightsInfo:
     complete: bool
     environment: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
+    validation: int = 0
+
+    def as_data(self) -> dict[str, Any]:
+        """As JSON data. What came after format 1 began is left out at its default, so that old
+        trainings still give the same bytes.
+        """
+        data = asdict(self)
+        if not self.validation:
+            del data["validation"]
+        return data
 
 
 def save_weights(model: nn.Module, info: WeightsInfo, path: Path) -> str:
     """Write a model's state atomically; returns the file's SHA-256."""
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    payload = save(state, metadata={"robustdeq": canonical_json(asdict(info))})
+    payload = save(state, metadata={"robustdeq": canonical_json(info.as_data())})
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, payload)
     return file_sha256(path)
@@ -97,6 +108,9 @@ def verify_sha256(path: Path, expected: str) -> None:
 
 def check_matches(info: WeightsInfo, expected: dict[str, Any], path: Path) -> None:
     """Refuse weights whose metadata differ from what the suite says of them.
+
+    A plugin's parameter that is younger than the file stands at its default there, which must mean
+    what the plugin did before it had the parameter.
 
     Raises:
         CaseError: naming the first field that differs, and both values.

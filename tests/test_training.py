@@ -48,7 +48,9 @@ def test_every_recipe_trains_every_defense(defense: str, recipe: str) -> None:
     if defense == "deq":
         fast |= {"gradient": "phantom(2,1)", "solver_steps": 3}
     threat = Threat.parse("Linf:0.05")
-    model, complete = train(plugin, load("recipe", recipe, fast), data, threat, seed=0, device=CPU)
+    model, complete, *_ = train(
+        plugin, load("recipe", recipe, fast), data, threat, seed=0, device=CPU
+    )
     assert complete
     assert not model.training
     test = load_slice("digits", "test")

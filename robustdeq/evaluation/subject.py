@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,14 @@ from robustdeq.errors import CaseError, RobustDEQError, UsageError, sentence
 from robustdeq.evaluation.chain import Chunk, Subject
 from robustdeq.evaluation.judge import seeded
 from robustdeq.evaluation.provenance import source_digest
+from robustdeq.interfaces import trained_form
 from robustdeq.keys import canonical, digest, file_sha256
 from robustdeq.randomness import derived_seed
 from robustdeq.records import FORMAT
 from robustdeq.registry import load, parameters_of
 from robustdeq.suite import Case, Suite
 from robustdeq.weights import (
+    WeightsInfo,
     check_matches,
     load_weights,
     read_info,
@@ -79,7 +81,7 @@ def build_subject(
     path = source.find(entry.weights) if entry.weights else None
     if path is not None:
         verify_sha256(path, entry.sha256)
-        check_matches(read_info(path), _expected(case), path)
+        check_matches(_resolved(read_info(path)), _expected(case), path)
     try:
         with seeded(derived_seed(case.seed, "build"), device):
             model = defense.build(data.spec, device)
@@ -122,7 +124,7 @@ def build_subject(
 def _expected(case: Case) -> dict[str, Any]:
     """What the suite says of a row's weights, as far as their metadata say it too."""
     entry = case.entry
-    defense = load("defense", entry.defense, entry.parameters)
+    defense = trained_form(load("defense", entry.defense, entry.parameters))
     expected: dict[str, Any] = {
         "defense": entry.defense,
         "parameters": parameters_of(defense),
@@ -136,8 +138,19 @@ def _expected(case: Case) -> dict[str, Any]:
             "recipe_parameters": parameters_of(recipe),
             "threat": threat if recipe.adversarial else "",
             "seed": entry.training.seed,
+            "validation": entry.training.validation,
         }
     return canonical(expected)  # type: ignore[no-any-return]
+
+
+def _resolved(info: WeightsInfo) -> WeightsInfo:
+    """Metadata with the defaults of parameters that are younger than the file."""
+    try:
+        defense = parameters_of(load("defense", info.defense, info.parameters))
+        recipe = parameters_of(load("recipe", info.recipe, info.recipe_parameters))
+    except UsageError:
+        return info  # of a plugin that is not there: the comparison names what differs
+    return replace(info, parameters=defense, recipe_parameters=recipe)
 
 
 def chunk_count(n: int, size: int) -> int:

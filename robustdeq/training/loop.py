@@ -1,24 +1,30 @@
-"""The training loop: seeded, checkpointed, and bounded in time if wanted."""
+"""The training loop: seeded, logged, checkpointed, and bounded in time if wanted."""
 
 from __future__ import annotations
 
-import os
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from robustdeq.datasets import DataSpec, Slice
-from robustdeq.equilibrium import EquilibriumClassifier, Honest, Value, parse_gradient
+from robustdeq.datasets import Slice
+from robustdeq.equilibrium import EquilibriumClassifier, Honest
 from robustdeq.errors import CaseError
 from robustdeq.interfaces import Defense, Recipe, option
 from robustdeq.randomness import derived_seed
-from robustdeq.targets import Target
 from robustdeq.threats import Threat
+from robustdeq.training.checkpoint import Checkpoint
+from robustdeq.training.descent import Descent
+from robustdeq.training.history import Row
+from robustdeq.training.selection import Selection, held_out
+from robustdeq.training.task import Precision, Task, Trainer, constrain
+
+LINES = 100
+"""Rows of a log, about."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,18 @@ class Progress:
     loss: float
 
 
+class Training(NamedTuple):
+    """A trained model in eval mode, whether the training was completed, and its log.
+
+    `selected` is the step whose weights these are.
+    """
+
+    model: nn.Module
+    complete: bool
+    log: list[Row]
+    selected: int
+
+
 def train(
     defense: Defense,
     recipe: Recipe,
@@ -38,149 +56,111 @@ def train(
     *,
     seed: int,
     device: torch.device,
+    validation: int = 0,
+    precision: Precision = "float32",
     minutes: float | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: Checkpoint | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
-) -> tuple[nn.Module, bool]:
-    """Train a defense on a split; returns the model and whether the training was completed.
+) -> Training:
+    """Train a defense on a split.
 
-    The same arguments give the same weights on one machine and torch version. With `minutes`, the
-    loop stops at that time and leaves a checkpoint; called again, it goes on from there.
+    The same arguments give the same weights on one machine and torch version, however often the
+    training was interrupted and gone on with from its checkpoint.
+
+    Args:
+        validation: training images held out; the weights that do best on them are returned. With
+            0 the last ones are.
+        minutes: stop at that time, with the weights as they stand.
 
     Raises:
-        CaseError: if the loss stops being finite.
+        CaseError: if the loss stops being finite, or the checkpoint is another training's.
     """
     torch.manual_seed(derived_seed(seed, "initialization"))
     model = defense.build(data.spec, device)
-    run = _Run(model, recipe, data, threat, seed, device)
-    if checkpoint is not None and checkpoint.exists():
-        run.restore(checkpoint)
-    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    kept, look = held_out(data, validation, seed)
+    task = Task(model, recipe, kept, threat, seed, device, precision)
+    bring: Callable[[Task], Trainer] = option(recipe, "trainer", Descent)
+    loop = _Loop(task, bring(task), look if validation else None, checkpoint)
+    loop.resume()
     model.train()
-    while run.step < run.steps:
-        if deadline is not None and time.monotonic() > deadline:
-            break
-        loss = run.advance()
-        if run.step % 20 == 0 or run.step == run.steps:
-            _refuse_divergence(loss, run)
-            report(Progress(run.step, run.steps, float(loss)))
-            if checkpoint is not None and run.step % 200 == 0:
-                run.save(checkpoint)
-    complete = run.step == run.steps
-    if checkpoint is not None and not complete:
-        run.save(checkpoint)
-    elif checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
-    _constrain(model, iterations=200)
-    return model.eval(), complete
+    complete = loop.go(None if minutes is None else time.monotonic() + 60 * minutes, report)
+    selected = loop.finish(complete)
+    constrain(model, iterations=200)
+    return Training(model.eval(), complete, loop.log, selected)
 
 
-class _Run:
-    """The state of one training: everything a checkpoint must hold."""
-
+class _Loop:
     def __init__(
-        self,
-        model: nn.Module,
-        recipe: Recipe,
-        data: Slice,
-        threat: Threat,
-        seed: int,
-        device: torch.device,
+        self, task: Task, trainer: Trainer, look: Slice | None, checkpoint: Checkpoint | None
     ) -> None:
-        self.model, self.recipe, self.threat, self.seed = model, recipe, threat, seed
-        self.device = device
-        self.images = torch.from_numpy(data.images).to(device)
-        self.labels = torch.from_numpy(data.labels).to(device)
-        self.per_epoch = max(len(data) // recipe.batch_size, 1)
-        self.steps, self.step = recipe.epochs * self.per_epoch, 0
-        self.generator = torch.Generator().manual_seed(derived_seed(seed, "noise"))
-        self.target = _training_view(model, recipe, data.spec)
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
-        )
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, max_lr=recipe.learning_rate, total_steps=self.steps + 1, pct_start=0.1
-        )
+        self.task, self.trainer, self.checkpoint = task, trainer, checkpoint
+        self.selection = None if look is None else Selection(task, look, trainer.steps)
+        self.log: list[Row] = []
+        self.interval = max(trainer.steps // LINES, 1)
 
-    def advance(self) -> torch.Tensor:
-        """One optimizer step; returns the loss."""
-        rows = self._batch()
-        x = self.images[rows].float() / 255.0
-        loss = self.recipe.loss(
-            self.target, x, self.labels[rows], self.threat, self.step / self.steps, self.generator
-        )
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
-        self.optimizer.step()
-        self.schedule.step()
-        _constrain(self.model)
-        self.step += 1
-        return loss.detach()
+    def go(self, deadline: float | None, report: Callable[[Progress], None]) -> bool:
+        """Step until done or out of time; returns whether it is done."""
+        trainer = self.trainer
+        while trainer.step < trainer.steps:
+            if deadline is not None and time.monotonic() > deadline:
+                return False
+            observed = trainer.advance()
+            if trainer.step % self.interval == 0 or trainer.step == trainer.steps:
+                row = self._observe(observed)
+                report(Progress(trainer.step, trainer.steps, row["loss"]))
+            if self.selection is not None and self.selection.due(trainer.step, trainer.steps):
+                score = self.selection.look(trainer.step)
+                self.log.append({"step": trainer.step, "validation": score})
+            if self.checkpoint is not None and self.checkpoint.due:
+                self.checkpoint.write(self._state())
+        return True
 
-    def _batch(self) -> torch.Tensor:
-        """The rows of this step, from the epoch's own shuffle: resuming needs no history."""
-        epoch, position = divmod(self.step, self.per_epoch)
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, "shuffle", epoch))
-        order = torch.randperm(len(self.labels), generator=generator)
-        size = self.recipe.batch_size
-        return order[position * size : (position + 1) * size].to(self.device)
+    def _observe(self, observed: dict[str, Tensor | float]) -> Row:
+        row = {"step": float(self.trainer.step), **{k: float(v) for k, v in observed.items()}}
+        if not math.isfinite(row["loss"]):
+            raise CaseError(
+                f"training diverged at step {self.trainer.step} of {self.trainer.steps} (the loss "
+                f"is {row['loss']}); lower the learning rate."
+            )
+        residual = self._residual()
+        self.log.append(row if residual is None else {**row, "residual": residual})
+        return row
 
-    def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        torch.save(
-            {
-                "step": self.step,
-                "model": self.model.state_dict(),
-                "buffers": dict(self.model.named_buffers()),
-                "optimizer": self.optimizer.state_dict(),
-                "schedule": self.schedule.state_dict(),
-                "generator": self.generator.get_state(),
-            },
-            temporary,
-        )
-        temporary.replace(path)
+    @torch.no_grad()
+    def _residual(self) -> float | None:
+        """Median relative residual of the *deployed* solver on a few training images."""
+        if not isinstance(self.task.model, EquilibriumClassifier):
+            return None
+        images = torch.from_numpy(self.task.data.images[:32]).to(self.task.device).float() / 255.0
+        target = self.task.target().through(Honest(), solver=self.task.model.solver)
+        solves = target(images).solves
+        return float(solves[-1].residual.median()) if solves else None
 
-    def restore(self, path: Path) -> None:
-        """Go on from a checkpoint.
+    def finish(self, complete: bool) -> int:
+        """Choose the weights, and leave the checkpoint only where it is needed."""
+        if self.checkpoint is not None:
+            if complete:
+                self.checkpoint.discard()
+            else:
+                self.checkpoint.write(self._state())
+        if self.selection is None or not complete:
+            return self.trainer.step
+        self.selection.restore_best()
+        return self.selection.step
 
-        Raises:
-            CaseError: if it belongs to another model, or cannot be read.
-        """
-        try:
-            held: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
-            self.model.load_state_dict(held["model"])
-            for name, buffer in self.model.named_buffers():
-                buffer.copy_(held["buffers"][name])
-            self.optimizer.load_state_dict(held["optimizer"])
-            self.schedule.load_state_dict(held["schedule"])
-            self.generator.set_state(held["generator"].cpu())
-            self.step = int(held["step"])
-        except Exception as cause:
-            raise CaseError(f"checkpoint {path} does not fit this training; delete it.") from cause
+    def _state(self) -> dict[str, Any]:
+        return {
+            "trainer": self.trainer.state(),
+            "selection": None if self.selection is None else self.selection.state(),
+            "log": self.log,
+        }
 
-
-def _training_view(model: nn.Module, recipe: Recipe, spec: DataSpec) -> Target:
-    """The target that the recipe differentiates: its own estimator and step limit, if any."""
-    gradient = parse_gradient(str(option(recipe, "gradient", "honest")))
-    steps = int(option(recipe, "solver_steps", 0))
-    if not isinstance(model, EquilibriumClassifier):
-        return Target(model, spec.classes, gradient=gradient)
-    solver = model.solver.with_steps(steps) if steps else None
-    value: Value = "deployed" if isinstance(gradient, Honest) else "surrogate"
-    return Target(model, spec.classes, gradient=gradient, value=value, solver=solver)
-
-
-def _constrain(model: nn.Module, iterations: int = 3) -> None:
-    constrain = getattr(model, "constrain", None)
-    if callable(constrain):
-        constrain(iterations)
-
-
-def _refuse_divergence(loss: torch.Tensor, run: _Run) -> None:
-    if not torch.isfinite(loss):
-        raise CaseError(
-            f"training diverged at step {run.step} of {run.steps} (the loss is {float(loss)}); "
-            "lower the learning rate."
-        )
+    def resume(self) -> None:
+        """Go on from the checkpoint, if there is one."""
+        held = None if self.checkpoint is None else self.checkpoint.read(self.task.device)
+        if held is None:
+            return
+        self.trainer.restore(held["trainer"])
+        if self.selection is not None:
+            self.selection.restore(held["selection"])
+        self.log = list(held["log"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +11,26 @@ import torch
 
 from robustdeq.datasets import load_slice
 from robustdeq.errors import CaseError, UsageError
-from robustdeq.evaluation.provenance import versions
-from robustdeq.keys import canonical, file_sha256
+from robustdeq.evaluation.provenance import core_digest, source_digest, versions
+from robustdeq.files import make_folder
+from robustdeq.interfaces import Defense, Recipe, trained_form
+from robustdeq.keys import canonical, digest, file_sha256
 from robustdeq.registry import load, parameters_of
 from robustdeq.suite import DefenseEntry, Suite, expand
 from robustdeq.threats import Threat
+from robustdeq.training.checkpoint import Checkpoint
+from robustdeq.training.history import write_curve, write_log
 from robustdeq.training.loop import Progress, train
+from robustdeq.training.task import Precision
 from robustdeq.weights import WeightsInfo, read_info, save_weights
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One training: everything that decides its weights."""
+    """One training: everything that decides its weights, and where they go.
+
+    `validation` is the number of training images held out to choose the weights by.
+    """
 
     defense: str
     parameters: Mapping[str, Any]
@@ -32,6 +40,7 @@ class Job:
     threat: str
     seed: int
     out: Path
+    validation: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,12 +53,23 @@ class Trained:
 
 
 def jobs_of(suite: Suite, folder: Path) -> list[Job]:
-    """The trainings that a suite's weights come from, one per weights file."""
+    """The trainings that a suite's weights come from, one per weights file.
+
+    Raises:
+        UsageError: if two rows say of one file that it was trained differently.
+    """
     jobs: dict[str, Job] = {}
     for case in expand(suite):
         entry = case.entry
-        if entry.training is not None and entry.weights:
-            jobs[entry.weights] = _job(entry, case.dataset.name, str(case.threat), folder)
+        if entry.training is None or not entry.weights:
+            continue
+        job = _job(entry, case.dataset.name, str(case.threat), folder)
+        if jobs.setdefault(entry.weights, job) != job:
+            raise UsageError(
+                f"rows of suite {suite.name} say of weights {entry.weights} that they were trained "
+                f"in different ways (row {entry.id} is one); give each training its own file, and "
+                "name the training threat where rows have several."
+            )
     return list(jobs.values())
 
 
@@ -58,13 +78,14 @@ def _job(entry: DefenseEntry, dataset: str, threat: str, folder: Path) -> Job:
     assert training is not None
     return Job(
         defense=entry.defense,
-        parameters=entry.parameters,
+        parameters=parameters_of(trained_form(load("defense", entry.defense, entry.parameters))),
         dataset=dataset,
         recipe=training.recipe,
         recipe_parameters=training.parameters,
         threat=training.threat or threat,
         seed=training.seed,
         out=folder / Path(entry.weights).name,
+        validation=training.validation,
     )
 
 
@@ -72,22 +93,60 @@ def run_job(
     job: Job,
     *,
     device: torch.device,
+    precision: Precision = "float32",
     minutes: float | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> Trained:
-    """Train and save; with `minutes`, resumable from a checkpoint beside the weights.
+    """Train and save: the weights, a log (.log.csv) and its curves (.png) beside them.
+
+    A training that was killed or ran out of `minutes` left a checkpoint beside its file; the same
+    job goes on from there. One that is complete is not done again.
 
     Raises:
         UsageError: for unknown names or missing data.
-        CaseError: if training diverges.
+        CaseError: if training diverges, or the checkpoint is another job's.
     """
     if job.out.suffix != ".safetensors":
         raise UsageError(
             f"weights are written as .safetensors; --out {job.out} names another kind."
         )
-    defense = load("defense", job.defense, job.parameters)
+    defense = trained_form(load("defense", job.defense, job.parameters))
     recipe = load("recipe", job.recipe, job.recipe_parameters)
-    info = WeightsInfo(
+    info = _info(job, defense, recipe, device, precision)
+    if _is_done(job.out, info):
+        return Trained(job.out, file_sha256(job.out), complete=True)
+    data = load_slice(job.dataset, "train")
+    make_folder(job.out.parent)
+    identity = digest(
+        [asdict(info), data.digest, source_digest(defense), source_digest(recipe), core_digest()]
+    )
+    trained = train(
+        defense,
+        recipe,
+        data,
+        Threat.parse(job.threat),
+        seed=job.seed,
+        device=device,
+        validation=job.validation,
+        precision=precision,
+        minutes=minutes,
+        checkpoint=Checkpoint(job.out.with_suffix(".checkpoint"), identity),
+        report=report,
+    )
+    title = f"{job.recipe} {job.defense}, {job.dataset}, {job.threat}, seed {job.seed}"
+    write_log(trained.log, job.out.with_suffix(".log.csv"))
+    write_curve(trained.log, job.out.with_suffix(".png"), title)
+    info = replace(info, complete=trained.complete)
+    return Trained(job.out, save_weights(trained.model, info, job.out), trained.complete)
+
+
+def _info(
+    job: Job, defense: Defense, recipe: Recipe, device: torch.device, precision: Precision
+) -> WeightsInfo:
+    environment = {**versions(), "device": device.type}
+    if precision != "float32":
+        environment["precision"] = precision
+    return WeightsInfo(
         defense=job.defense,
         parameters=canonical(parameters_of(defense)),
         dataset=job.dataset,
@@ -96,25 +155,9 @@ def run_job(
         threat=job.threat if recipe.adversarial else "",
         seed=job.seed,
         complete=True,
-        environment={**versions(), "device": device.type},
+        environment=environment,
+        validation=job.validation,
     )
-    if minutes is not None and _is_done(job.out, info):
-        return Trained(job.out, file_sha256(job.out), complete=True)
-    data = load_slice(job.dataset, "train")
-    job.out.parent.mkdir(parents=True, exist_ok=True)
-    model, complete = train(
-        defense,
-        recipe,
-        data,
-        Threat.parse(job.threat),
-        seed=job.seed,
-        device=device,
-        minutes=minutes,
-        checkpoint=job.out.with_suffix(".checkpoint") if minutes is not None else None,
-        report=report,
-    )
-    info = replace(info, complete=complete)
-    return Trained(job.out, save_weights(model, info, job.out), complete)
 
 
 def _is_done(path: Path, info: WeightsInfo) -> bool:

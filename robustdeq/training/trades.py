@@ -13,24 +13,18 @@ from robustdeq.interfaces import About
 from robustdeq.shapes import Images, Labels
 from robustdeq.targets import Target
 from robustdeq.threats import Threat
+from robustdeq.training._fields import Adversarial
 from robustdeq.training._inner import maximized, warmed
 
 
 @dataclass(frozen=True, kw_only=True)
-class TRADES:
+class TRADES(Adversarial):
     """CE(clean) + beta * KL(clean || adversarial) (Zhang et al. 2019, equation 5, algorithm 1).
 
+    The inner attack ascends the divergence.
+
     Attributes:
-        epochs: passes over the training split.
-        batch_size: images a step.
-        learning_rate: peak of a one-cycle schedule.
-        weight_decay: of AdamW.
         beta: weight of the divergence, 1/lambda in the paper.
-        steps: inner PGD steps, on the divergence.
-        step_size: of the inner attack, relative to epsilon.
-        warmup: share of the training over which epsilon grows from 0.
-        gradient: the estimator that training differentiates through, on its own logits.
-        solver_steps: step limit of the solver in training; 0 keeps the deployed one.
     """
 
     about: ClassVar[About] = About(
@@ -43,16 +37,7 @@ class TRADES:
     prefix: ClassVar[str] = "Zhang2019Theoretically"
     adversarial: ClassVar[bool] = True
 
-    epochs: int = 60
-    batch_size: int = 128
-    learning_rate: float = 2e-3
-    weight_decay: float = 1e-4
     beta: float = 6.0
-    steps: int = 7
-    step_size: float = 0.25
-    warmup: float = 0.3
-    gradient: str = "honest"
-    solver_steps: int = 0
 
     def loss(
         self,
