@@ -24,7 +24,7 @@ from robustdeq.equilibrium import (
 from robustdeq.interfaces import About
 
 SolverName = Literal["fixed_point", "anderson", "broyden"]
-_SOLVERS: dict[str, type[Solver]] = {
+SOLVERS: dict[str, type[Solver]] = {
     "fixed_point": FixedPoint,
     "anderson": Anderson,
     "broyden": Broyden,
@@ -63,7 +63,7 @@ class DEQ:
 
     def build(self, data: DataSpec, device: torch.device) -> nn.Module:
         """See `robustdeq.interfaces.Defense`."""
-        solver = _SOLVERS[self.solver](tolerance=self.tolerance, max_steps=self.max_steps)
+        solver = SOLVERS[self.solver](tolerance=self.tolerance, max_steps=self.max_steps)
         stem = Stem(data, self.width, self.halvings)
         # Plain iteration is right for the adjoint too: the transposed Jacobian contracts as well.
         gradient = Implicit(FixedPoint(tolerance=self.tolerance, max_steps=self.max_steps))

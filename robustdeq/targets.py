@@ -11,6 +11,7 @@ from torch.autograd.function import FunctionCtx
 
 from robustdeq.equilibrium import (
     Drive,
+    Dynamics,
     EquilibriumClassifier,
     Gradient,
     Honest,
@@ -91,6 +92,19 @@ class Target:
             batch_size=self.batch_size,
         )
 
+    def dynamics(self, damping: float = 1.0, adjoint_damping: float = 1.0) -> Dynamics | None:
+        """The joint iteration of state, adjoint and input; None where the model has none.
+
+        It has one if it iterates the same cell at each step and is that and no more: a model with
+        a `predict` of its own (several solves, a purifier) is not described by one fixed point.
+        """
+        model = self.model
+        if not isinstance(model, EquilibriumClassifier) or not model.stationary:
+            return None
+        if type(model).predict is not EquilibriumClassifier.predict:
+            return None
+        return Dynamics(model, damping, adjoint_damping)
+
     def module(self) -> nn.Module:
         """A plain module for library attacks: logits with this view's gradient."""
         return TargetModule(self)
@@ -115,11 +129,12 @@ class Target:
             if warm:
                 raise UsageError("a warm start was given to a model without a solve.")
             return Output(self._checked(count_unless_counted(self.model, x), x))
-        drive = self._drive(self.model, warm)
+        drive = self.drive(self.model, warm)
         logits = self._checked(self.model.predict(x, drive), x)
         return Output(logits, tuple(drive.solves))
 
-    def _drive(self, model: EquilibriumClassifier, warm: Sequence[Tensor]) -> Drive:
+    def drive(self, model: EquilibriumClassifier, warm: Sequence[Tensor]) -> Drive:
+        """The `solve` of one forward pass through this view."""
         gradient = model.gradient if isinstance(self.gradient, Honest) else self.gradient
         return Drive(self.solver or model.solver, gradient, model.start, self.value, warm)
 

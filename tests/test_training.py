@@ -1,10 +1,18 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch.nn import functional as F  # noqa: N812
 
 from robustdeq.datasets import load_slice
@@ -17,6 +25,7 @@ from robustdeq.threats import Threat
 from robustdeq.training._inner import maximized, random_start, warmed
 from robustdeq.training.loop import train
 from robustdeq.training.run import Job, jobs_of, run_job
+from robustdeq.training.selection import held_out
 from robustdeq.weights import read_info
 
 CPU = torch.device("cpu")
@@ -87,6 +96,110 @@ def test_a_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
     tmp_path.joinpath("w.checkpoint").write_bytes(b"junk")
     with pytest.raises(CaseError, match="delete it"):
         run_job(job(tmp_path), device=CPU, minutes=1)
+    tmp_path.joinpath("w.checkpoint").unlink()
+    long: dict[str, Any] = {"epochs": 50}
+    assert not run_job(job(tmp_path, recipe_parameters=long), device=CPU, minutes=0.002).complete
+    for other in ({"epochs": 51}, {"epochs": 50, "beta": 1.0}):
+        name = "trades" if "beta" in other else "pgd_at"
+        with pytest.raises(CaseError, match="another training"):
+            run_job(job(tmp_path, recipe=name, recipe_parameters=other), device=CPU)
+
+
+KILLED = """
+import sys
+from pathlib import Path
+import torch
+from robustdeq.training import checkpoint
+from robustdeq.training.run import Job, run_job
+
+checkpoint.SECONDS = 0.2
+torch.set_num_threads(1)
+job = Job(
+    defense="joint_optimization", parameters={"width": 16, "inner": 16}, dataset="digits",
+    recipe="joint", recipe_parameters={"epochs": 12, "steps": 4, "memory": 2}, threat="Linf:0.1",
+    seed=0, out=Path(sys.argv[1]) / "w.safetensors", validation=50,
+)
+run_job(job, device=torch.device("cpu"))
+"""
+
+
+def test_kill_9_in_mid_training_changes_no_weight(tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+
+    def start(folder: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, str(script), str(tmp_path / folder)])
+
+    killed = start("parts")
+    checkpoint = tmp_path / "parts" / "w.checkpoint"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    assert checkpoint.exists()
+    assert not (tmp_path / "parts" / "w.safetensors").exists()
+    for folder in ("parts", "whole"):
+        assert start(folder).wait(timeout=300) == 0
+    for name in ("w.safetensors", "w.log.csv"):
+        parts, whole = (tmp_path / folder / name for folder in ("parts", "whole"))
+        assert parts.read_bytes() == whole.read_bytes()
+    assert not checkpoint.exists()
+
+
+def test_a_training_leaves_a_log_and_its_curves(tmp_path: Path) -> None:
+    run_job(job(tmp_path, validation=100), device=CPU)
+    log = pd.read_csv(tmp_path / "w.log.csv")
+    assert {"step", "loss", "learning_rate", "nfe_forward", "nfe_backward", "residual"} <= set(log)
+    assert log["validation"].dropna().between(0, 1).all()
+    # Two inner steps and one outer, each of at most 200 steps and one evaluation for the adjoint.
+    assert log["nfe_forward"].dropna().between(3, 603).all()
+    assert (tmp_path / "w.png").read_bytes().startswith(b"\x89PNG")
+    assert read_info(tmp_path / "w.safetensors").validation == 100
+
+
+def test_the_weights_that_do_best_on_held_out_images_are_kept(tmp_path: Path) -> None:
+    """A learning rate that never comes down: the last weights are seldom the best."""
+    data = load_slice("digits", "train")
+    recipe = load("recipe", "clean", {"epochs": 8, "learning_rate": 0.3, "batch_size": 32})
+    settings: dict[str, Any] = {"seed": 3, "device": CPU, "validation": 200}
+    defense = load("defense", "feedforward", {"width": 8, "inner": 8})
+    trained = train(defense, recipe, data, THREAT, **settings)
+    scores = {row["step"]: row["validation"] for row in trained.log if "validation" in row}
+    assert scores[trained.selected] == max(scores.values())
+    _, look = held_out(data, 200, 3)
+    x, y = torch.from_numpy(look.images).float() / 255, torch.from_numpy(look.labels)
+    accuracy = float((trained.model(x).argmax(1) == y).float().mean())
+    assert accuracy == pytest.approx(max(scores.values()))
+
+
+@given(count=st.integers(0, 49), seed=st.integers(0, 100))
+def test_held_out_images_are_a_part_of_the_split(count: int, seed: int) -> None:
+    data = load_slice("digits", "train").take(slice(50))
+    kept, look = held_out(data, count, seed)
+    assert len(look) == count
+    assert sorted([*kept.indices, *look.indices]) == sorted(data.indices)
+    with pytest.raises(UsageError, match="--validation"):
+        held_out(data, 50, seed)
+
+
+def test_reduced_precision_trains_and_is_written_down(tmp_path: Path) -> None:
+    fast = {"epochs": 4, "steps": 1, "gradient": "phantom(2,1)", "solver_steps": 3}
+    reduced = run_job(job(tmp_path, recipe_parameters=fast), device=CPU, precision="bfloat16")
+    assert read_info(reduced.path).environment["precision"] == "bfloat16"
+    full = run_job(job(tmp_path / "full", recipe_parameters=fast), device=CPU)
+    states = [load_file(t.path) for t in (reduced, full)]
+    assert all(v.dtype == torch.float32 for v in states[0].values())
+    gaps = [float((a - b).abs().max()) for a, b in zip(*[s.values() for s in states], strict=True)]
+    assert 0 < max(gaps) < 0.2
+
+
+def test_rows_that_disagree_on_a_file_are_refused(tmp_path: Path) -> None:
+    suite = find_suite("digits")
+    first = suite.defenses[0]
+    other = replace(first, id="Other", parameters={"width": 48, "inner": 96})
+    with pytest.raises(UsageError, match="its own file"):
+        jobs_of(replace(suite, defenses=(first, other)), tmp_path)
 
 
 def test_divergence_is_one_sentence(tmp_path: Path) -> None:
@@ -176,5 +289,5 @@ def test_shipped_equilibrium_models_predict_alone_as_in_a_batch(
 
 def test_a_suites_trainings_are_one_per_file(tmp_path: Path) -> None:
     jobs = jobs_of(find_suite("digits"), tmp_path)
-    assert len({j.out for j in jobs}) == len(jobs) == 9
-    assert {j.recipe for j in jobs} == {"clean", "pgd_at", "trades"}
+    assert len({j.out for j in jobs}) == len(jobs) == 14
+    assert {"clean", "pgd_at", "trades", "joint", "random_states"} <= {j.recipe for j in jobs}

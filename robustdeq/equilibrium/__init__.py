@@ -17,6 +17,7 @@ from robustdeq.equilibrium.gradients import (
     splice,
 )
 from robustdeq.equilibrium.iteration import Method, Solver
+from robustdeq.equilibrium.joint import Dynamics, JointAscent, JointState, JointStep
 from robustdeq.equilibrium.model import EquilibriumClassifier
 from robustdeq.equilibrium.solution import (
     AdjointTrace,
@@ -28,8 +29,8 @@ from robustdeq.equilibrium.solution import (
 )
 
 __all__ = [
-    "AdjointTrace", "Anderson", "Broyden", "Cell", "Drive", "EquilibriumClassifier", "FixedPoint",
-    "Gradient", "Honest", "Implicit", "Injection", "Meter", "Method", "OneStep", "Phantom",
-    "Problem", "Solve", "SolveGradient", "Solver", "Unrolled", "Value", "metered",
-    "parse_gradient", "relative_residual", "splice",
+    "AdjointTrace", "Anderson", "Broyden", "Cell", "Drive", "Dynamics", "EquilibriumClassifier",
+    "FixedPoint", "Gradient", "Honest", "Implicit", "Injection", "JointAscent", "JointState",
+    "JointStep", "Meter", "Method", "OneStep", "Phantom", "Problem", "Solve", "SolveGradient",
+    "Solver", "Unrolled", "Value", "metered", "parse_gradient", "relative_residual", "splice",
 ]  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,13 @@ class EquilibriumClassifier(nn.Module, ABC):
     Args:
         solver: the solver the model is *deployed* with; part of the defense.
         gradient: how autograd passes through it when the model is called as a module.
+
+    Attributes:
+        stationary: whether the cell is the same at every step; a subclass whose cell looks at
+            `step` says that it is not.
     """
+
+    stationary: ClassVar[bool] = True
 
     def __init__(self, solver: Solver, gradient: SolveGradient | None = None) -> None:
         super().__init__()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from robustdeq.shapes import Images
 from robustdeq.targets import Target
@@ -38,19 +39,26 @@ def maximized(
         step_size: relative to the threat's epsilon.
     """
     current = start
-    parameters = [p for p in target.model.parameters() if p.requires_grad]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
+    with frozen(target.model):
         for _ in range(steps):
             current = current.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(loss(target(current).logits), current)
             ascent = threat.steepest(gradient) * (step_size * threat.eps)
             current = threat.project(x, current.detach() + ascent)
+    return current.detach()
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No gradients of parameters inside the block: an attack that needs none saves their cost."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
-    return current.detach()
 
 
 def random_start(x: Images, threat: Threat, generator: torch.Generator) -> Images:
