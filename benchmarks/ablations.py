@@ -145,8 +145,8 @@ def weight_tied() -> Iterator[Row]:
 def federated() -> Iterator[Row]:
     """Fusion weights and partitions, clean and adversarial; then one model at each K."""
     for recipe in ("clean", "pgd_at"):
-        # Epochs count rounds here; the local schedule is the recipe's otherwise.
-        base = {"learning_rate": 0.004, "gradient": "phantom(4,1)"}
+        # A client that can afford K steps unrolls K; smaller batches, since shards are small.
+        base = {"learning_rate": 0.016, "batch_size": 32}
         for partition in ("iid", "dirichlet"):
             for weighting in ("samples", "steps", "softmax", "residual"):
                 weights = f"{weighting}_{partition}_{recipe}"
@@ -180,9 +180,10 @@ def controls() -> Iterator[Row]:
     """The plain DEQ and an explicit network of as many parameters, with three recipes."""
     for recipe, training in RECIPES.items():
         seeds = SEEDS if recipe == "pgd_at" else (0,)
-        yield Row(f"{PREFIX[recipe]}_deq", "deq", CELL, recipe, {**training, **SOLVE}, seeds=seeds)
+        yield Row(f"{PREFIX[recipe]}_deq", "deq", CELL, recipe, {**training, **SOLVE},
+                  weights=f"deq-{recipe}", seeds=seeds)  # fmt: skip
         yield Row(f"{PREFIX[recipe]}_wide_resnet", "wide_resnet", WIDE, recipe, training,
-                  seeds=seeds)  # fmt: skip
+                  weights=f"wide_resnet-{recipe}", seeds=seeds)  # fmt: skip
 
 
 WIDE: Values = {"groups": 2, "base": 10, "depth": 7}

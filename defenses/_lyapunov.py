@@ -8,6 +8,7 @@ autograd: they stay exact and differentiable, also under `no_grad` and `inferenc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ def smooth_relu_slope(x: Tensor, d: float) -> Tensor:
 
 
 class ConvexNetwork(nn.Module):
-    """An input-convex network g (Amos et al. 2017): softplus weights between layers, any weights in.
+    """An input-convex network g (Amos et al. 2017): softplus weights between its layers.
 
     z_1 = s(W_0 x + b_0), z_{i+1} = s(softplus(U_i) z_i / rows(U_i) + W_i x + b_i), the last layer
     without s; s is `smooth_relu`.
@@ -45,7 +46,7 @@ class ConvexNetwork(nn.Module):
         self.d = d
         sizes = [*hidden, 1]
         self.inputs = nn.ModuleList([nn.Linear(size, width) for width in sizes])
-        pairs = zip(sizes, sizes[1:], strict=False)
+        pairs = pairwise(sizes)
         self.between = nn.ParameterList([nn.Parameter(torch.empty(b, a)) for a, b in pairs])
         for weight in self.between:
             nn.init.kaiming_uniform_(weight, a=5**0.5)

@@ -68,7 +68,7 @@ class LyaDEQ:
         "https://arxiv.org/abs/2304.12707",
         claimed="Fixed points made stable by a Lyapunov function with an input-convex network and "
         "kept apart by orthogonal layers resist I-FGSM and PGD better, the more so at larger "
-        "radii, with competitive clean accuracy (MNIST, SVHN, CIFAR-10/100); it stacks with TRADES.",
+        "radii, with competitive clean accuracy (MNIST, SVHN, CIFAR-10 and 100), also with TRADES.",
         reproduced="Built from the abstract: backbone, widths, rate, solver and attacks are ours, "
         "none of the paper's figures is checked. One orthogonal layer, as in the first version. "
         "Three readings of where the projection acts; without V, without orthogonality, without "
@@ -169,7 +169,7 @@ class LyapunovDynamics(LyapunovModule):
         return self.euler(z, injection, step, center=None)
 
     def euler(self, z: Tensor, injection: Injection, step: int, center: Tensor | None) -> Tensor:
-        """z + h F(z), with V around `center` (0 where None)."""
+        """Z + h F(z), with V around `center` (0 where None)."""
         field = super().cell(z, injection, step) - z
         return z + self.settings.euler_size * self.decaying(field, z, center)
 
@@ -191,7 +191,7 @@ class LyapunovDynamics(LyapunovModule):
 
 
 class CenteredDynamics(LyapunovDynamics):
-    """Reading R3: the fixed point z*, then Euler steps from 0 of the field that decays V(z - z*)."""
+    """Reading R3: the fixed point z*, then Euler steps from 0 along which V(z - z*) decays."""
 
     def cell(self, z: Tensor, injection: Injection, step: int) -> Tensor:
         """The plain cell, whose fixed point is the center."""

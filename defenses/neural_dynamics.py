@@ -61,8 +61,8 @@ class NeuralDynamics:
         "Zonghan Yang, Peng Li, Tianyu Pang, Yang Liu",
         "ICML 2023",
         "https://arxiv.org/abs/2306.01435",
-        claimed="Reducing the input's entropy along the dynamics, and random intermediate states in "
-        "adversarial training, make DEQs much more robust, beyond strong deep networks.",
+        claimed="Reducing the input's entropy along the dynamics, and random intermediate states "
+        "in adversarial training, make DEQs much more robust, beyond strong deep networks.",
         reproduced="Both regulations as in the released code, except that x' stays in the graph "
         "there where the code detaches it, so that attacks see the purifier. Cell, width and "
         "data are ours; no figure of the paper was at hand. Controls: random signs of equal "

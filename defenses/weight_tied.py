@@ -23,8 +23,8 @@ Mask = Literal["none", "distinct", "identical", "disjoint"]
 class WeightTied:
     """K steps of z <- relu(stem(x) + gain * B_k(relu(A_k(z)))) from 0; K is part of the model.
 
-    A_k and B_k are one pair of weights under masks: step k uses m_k * A / sqrt(density). The paper's
-    text was not at hand: how its masks are drawn, their density and its guidelines are not known to
+    A_k and B_k are one pair of weights under masks: step k uses m_k * A / sqrt(density). The text
+    of the paper was not at hand: how its masks are drawn, their density and its guidelines are not known to
     us. Ours are random, fixed, one per layer and step, and made from a seed, so that no mask is
     stored. Unstructured masks save no dense arithmetic.
 

@@ -41,8 +41,9 @@ class WeightsInfo:
     validation: int = 0
 
     def as_data(self) -> dict[str, Any]:
-        """As JSON data. What came after format 1 began is left out at its default, so that old
-        trainings still give the same bytes.
+        """As JSON data.
+
+        What is younger than format 1 is left out at its default: old trainings give the same bytes.
         """
         data = asdict(self)
         if not self.validation:

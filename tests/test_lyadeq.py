@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from robustdeq.defenses._lyapunov import (
-    ConvexNetwork,
     Lyapunov,
     Pool,
     smooth_relu,

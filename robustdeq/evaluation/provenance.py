@@ -54,9 +54,18 @@ def machine(device: torch.device) -> dict[str, Any]:
 @cache
 def core_digest() -> str:
     """SHA-256 over the core's decisive source files."""
+    return _parts_digest(_DECISIVE)
+
+
+@cache
+def training_digest() -> str:
+    """SHA-256 over the source files that decide trained weights, recipes and trainers included."""
+    return _parts_digest((*_DECISIVE, "training"))
+
+
+def _parts_digest(parts: tuple[str, ...]) -> str:
     folder = Path(inspect.getfile(robustdeq)).parent
-    files = [p for part in _DECISIVE for p in _python_files(folder / part)]
-    return _digest(files, folder)
+    return _digest([p for part in parts for p in _python_files(folder / part)], folder)
 
 
 def source_digest(plugin: Any) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from robustdeq.datasets import load_slice
 from robustdeq.errors import CaseError, UsageError
-from robustdeq.evaluation.provenance import core_digest, source_digest, versions
+from robustdeq.evaluation.provenance import source_digest, training_digest, versions
 from robustdeq.files import make_folder
 from robustdeq.interfaces import Defense, Recipe, trained_form
 from robustdeq.keys import canonical, digest, file_sha256
@@ -117,9 +117,8 @@ def run_job(
         return Trained(job.out, file_sha256(job.out), complete=True)
     data = load_slice(job.dataset, "train")
     make_folder(job.out.parent)
-    identity = digest(
-        [asdict(info), data.digest, source_digest(defense), source_digest(recipe), core_digest()]
-    )
+    sources = [source_digest(defense), source_digest(recipe), training_digest()]
+    identity = digest([asdict(info), data.digest, sources])
     trained = train(
         defense,
         recipe,

@@ -1,0 +1,1 @@
+"""Federated averaging over clients that can afford different numbers of solver iterations."""
