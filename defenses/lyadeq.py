@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from robustdeq.defenses._cells import Stem
 from robustdeq.defenses._lyapunov import Lyapunov, Pool, stabilized
-from robustdeq.defenses.deq import ResidualEquilibrium
+from robustdeq.defenses.deq import DEQ, ResidualEquilibrium
 from torch import Tensor, nn
 
 from robustdeq.datasets import DataSpec
@@ -93,6 +93,11 @@ class LyaDEQ:
     temperature: float = 10.0
     euler_steps: int = 5
     euler_size: float = 0.5
+
+    @property
+    def suited(self) -> dict[str, object]:
+        """See `robustdeq.interfaces.Defense`; a fixed number of Euler steps is not cut short."""
+        return {} if self.reading == "dynamics" else dict(DEQ.suited)
 
     def build(self, data: DataSpec, device: torch.device) -> nn.Module:
         """See `robustdeq.interfaces.Defense`."""

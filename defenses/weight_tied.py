@@ -24,9 +24,9 @@ class WeightTied:
     """K steps of z <- relu(stem(x) + gain * B_k(relu(A_k(z)))) from 0; K is part of the model.
 
     A_k and B_k are one pair of weights under masks: step k uses m_k * A / sqrt(density). The text
-    of the paper was not at hand: how its masks are drawn, their density and its guidelines are not known to
-    us. Ours are random, fixed, one per layer and step, and made from a seed, so that no mask is
-    stored. Unstructured masks save no dense arithmetic.
+    of the paper was not at hand: how its masks are drawn, their density and its guidelines are not
+    known to us. Ours are random, fixed, one per layer and step, and made from a seed, so that no
+    mask is stored. Unstructured masks save no dense arithmetic.
 
     Attributes:
         width: channels of the state (units, for small images).

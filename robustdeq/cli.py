@@ -119,6 +119,9 @@ def train(
     validation: Annotated[
         int, typer.Option(help="Training images held out to choose the weights by; 0: the last.")
     ] = 0,
+    augmentation: Annotated[
+        str, typer.Option(help="none, or shift_flip as is usual on CIFAR.")
+    ] = "none",
     precision: Annotated[
         str, typer.Option(help="auto, float32 or bfloat16 (autocast); auto: bfloat16 on a GPU.")
     ] = "auto",
@@ -132,7 +135,7 @@ def train(
     from robustdeq.evaluation.subject import pick_device
     from robustdeq.registry import load
     from robustdeq.suite import find_suite
-    from robustdeq.training.run import Job, jobs_of
+    from robustdeq.training.run import Job, jobs_of, suited
 
     del debug
     if minutes is not None and minutes <= 0:
@@ -147,17 +150,20 @@ def train(
     else:
         assert defense is not None
         parameters = _assignments(set_ or [])
+        plugin = load("defense", defense, parameters)
+        named = recipe or plugin.recipe
         jobs = [
             Job(
                 defense=defense,
                 parameters=parameters,
                 dataset=dataset,
-                recipe=recipe or load("defense", defense, parameters).recipe,
-                recipe_parameters=_assignments(recipe_set or []),
+                recipe=named,
+                recipe_parameters={**suited(plugin, named), **_assignments(recipe_set or [])},
                 threat=threat,
                 seed=seed,
                 out=out,
                 validation=validation,
+                augmentation=_one_of("augmentation", augmentation, ("none", "shift_flip")),
             )
         ]
     picked = pick_device(device)
@@ -258,13 +264,29 @@ def _print_estimate(suite: Any, device: str, weights: Path | None, workers: int 
 
 
 def _print_listing(rows: list[dict[str, Any]]) -> None:
+    """A table; or, where rows have much to say, a paragraph each."""
     from rich.table import Table
+
+    if any("link" in row for row in rows):
+        for row in rows:
+            _print_entry(row)
+        return
 
     columns = list(dict.fromkeys(key for row in rows for key in row))
     table = Table(*columns)
     for row in rows:
         table.add_row(*[escape(_cell(row.get(column, ""))) for column in columns])
     _out.print(table)
+
+
+def _print_entry(row: dict[str, Any]) -> None:
+    about = row.get("about") or row.get("error", "")
+    _out.print(f"[bold]{escape(row['name'])}[/bold]  {escape(about)}", highlight=False)
+    origin = [row[key] for key in ("authors", "venue", "link", "from") if row.get(key)]
+    _out.print(f"  {escape('; '.join(origin))}", highlight=False)
+    for key in ("claimed", "reproduced", "parameters"):
+        if row.get(key):
+            _out.print(f"  [dim]{key}:[/dim] {escape(_cell(row[key]))}", highlight=False)
 
 
 def _cell(value: Any) -> str:
@@ -289,11 +311,14 @@ def _assignments(items: list[str]) -> dict[str, Any]:
     return values
 
 
+def _one_of(what: str, value: str, known: tuple[str, ...]) -> Any:
+    if value not in known:
+        raise unknown(what, value, known)
+    return value
+
+
 def _precision(name: str, device: str) -> str:
-    known = ("auto", "float32", "bfloat16")
-    if name not in known:
-        raise unknown("precision", name, known)
-    if name != "auto":
+    if _one_of("precision", name, ("auto", "float32", "bfloat16")) != "auto":
         return name
     return "bfloat16" if device == "cuda" else "float32"
 

@@ -69,9 +69,10 @@ class Budget(NamedTuple):
 class Defense(Protocol):
     """A defense plugin: a frozen dataclass whose fields are its parameters.
 
-    `recipe` names the training recipe that is used where none is given. It may also define
-    `trained_as()`: the defense, of the same weights, that stands for it in training (a purifier
-    that acts at inference alone is trained without it).
+    `recipe` names the training recipe that is used where none is given. It may also define `suited`
+    (parameters that a recipe had better have for this model, if it knows them; the defaults of
+    `robustdeq train`) and `trained_as()`: the defense, of the same weights, that stands for it in
+    training (a purifier that acts at inference alone is trained without it).
     """
 
     about: ClassVar[About]

@@ -31,6 +31,9 @@ def _plugin(kind: Kind, name: str) -> dict[str, Any]:
     about = getattr(cls, "about", None)
     first = (cls.__doc__ or "").strip().split("\n")[0]
     row["about"] = getattr(about, "title", "") or first
+    for part in ("authors", "venue", "link", "claimed", "reproduced"):
+        if text := getattr(about, part, ""):
+            row[part] = text
     row["parameters"] = {
         f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING
     }

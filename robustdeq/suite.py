@@ -53,6 +53,7 @@ class Training:
     Attributes:
         threat: that of the training; empty means the row's own.
         validation: training images held out to choose the weights by; 0 keeps the last ones.
+        augmentation: of training images; `none`, or `shift_flip` as is usual on CIFAR.
     """
 
     recipe: str
@@ -60,6 +61,7 @@ class Training:
     threat: str = ""
     seed: int = 0
     validation: int = 0
+    augmentation: Literal["none", "shift_flip"] = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,6 +283,11 @@ def _entry(cls: type[T], item: Any, where: str) -> T:
 
 
 _PLAIN: dict[str, type] = {"str": str, "int": int}
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "track": ("any", "deterministic", "randomized"),
+    "value": ("deployed", "surrogate"),
+    "augmentation": ("none", "shift_flip"),
+}
 
 
 def _value(key: str, value: Any, kind: str, where: str) -> Any:
@@ -297,8 +304,6 @@ def _value(key: str, value: Any, kind: str, where: str) -> Any:
         return tuple(value)
     if kind.startswith("dict") and not isinstance(value, Mapping):
         raise UsageError(f"{where}: {key} is {value!r}; give a table.")
-    if kind == "Track" and value not in ("any", "deterministic", "randomized"):
-        raise UsageError(f"{where}: track is {value!r}; give any, deterministic or randomized.")
-    if kind.startswith("Literal") and value not in ("deployed", "surrogate"):
-        raise UsageError(f"{where}: {key} is {value!r}; give deployed or surrogate.")
+    if key in _CHOICES and value not in _CHOICES[key]:
+        raise UsageError(f"{where}: {key} is {value!r}; give {' or '.join(_CHOICES[key])}.")
     return value

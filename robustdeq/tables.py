@@ -17,14 +17,15 @@ COLUMNS = (
 COST_COLUMNS = ("seconds", "peak_memory_mib")
 """Columns that differ between two computations of the same table."""
 _PERCENT = ("clean_acc", "autoattack_acc", "robust_acc", "robust_low", "robust_high")
-_INVALID = ("outside_ball:", "outside_box:", "nonfinite:")
+_UNRANKED = ("outside_ball:", "outside_box:", "nonfinite:", "incomplete_training")
 
 
 def tabulate(verdicts: Sequence[Verdict]) -> pd.DataFrame:
     """One row per verdict, best first within data set, threat and track.
 
-    Rows of equal robust accuracy share a rank. A row is not ranked where it failed, or where an
-    attack broke the rules of the threat and so tested nothing on some samples.
+    Rows of equal robust accuracy share a rank. A row is not ranked where it failed, where an
+    attack broke the rules of the threat and so tested nothing on some samples, or where its weights
+    come from a training that was not completed.
     """
     frame = pd.DataFrame([verdict.as_row() for verdict in verdicts], columns=list(COLUMNS))
     ranked = pd.Series([_rankable(verdict) for verdict in verdicts], index=frame.index, dtype=bool)
@@ -92,7 +93,7 @@ def _markdown_cells(row: pd.Series) -> list[str]:
 def _rankable(verdict: Verdict) -> bool:
     if verdict.status != "ok" or verdict.robust_acc is None:
         return False
-    return not any(flag.startswith(_INVALID) for flag in verdict.flags)
+    return not any(flag.startswith(_UNRANKED) for flag in verdict.flags)
 
 
 def _counts(verdict: Verdict) -> str:

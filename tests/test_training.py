@@ -23,6 +23,7 @@ from robustdeq.suite import find_suite
 from robustdeq.targets import Target
 from robustdeq.threats import Threat
 from robustdeq.training._inner import maximized, random_start, warmed
+from robustdeq.training.augmentation import SHIFT, augmented
 from robustdeq.training.loop import train
 from robustdeq.training.run import Job, jobs_of, run_job
 from robustdeq.training.selection import held_out
@@ -291,3 +292,20 @@ def test_a_suites_trainings_are_one_per_file(tmp_path: Path) -> None:
     jobs = jobs_of(find_suite("digits"), tmp_path)
     assert len({j.out for j in jobs}) == len(jobs) == 14
     assert {"clean", "pgd_at", "trades", "joint", "random_states"} <= {j.recipe for j in jobs}
+
+
+@given(seed=st.integers(0, 50), size=st.integers(5, 12))
+def test_augmentation_shifts_and_mirrors_whole_images(seed: int, size: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(3, 2, size, size, generator=generator) + 0.1
+    moved = augmented(x, "shift_flip", torch.Generator().manual_seed(seed))
+    assert torch.equal(moved, augmented(x, "shift_flip", torch.Generator().manual_seed(seed)))
+    padded = F.pad(x, (SHIFT,) * 4)
+    for image, whole in zip(moved, padded, strict=True):
+        views = [
+            whole[:, i : i + size, j : j + size]
+            for i in range(2 * SHIFT + 1)
+            for j in range(2 * SHIFT + 1)
+        ]
+        assert any(torch.equal(image, v) or torch.equal(image, v.flip(2)) for v in views)
+    assert augmented(x, "none", generator) is x

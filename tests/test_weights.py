@@ -58,9 +58,10 @@ def test_weights_of_something_else_are_refused(
         check_matches(INFO, expected, tmp_path)
 
 
-def test_incomplete_weights_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CaseError, match="incomplete"):
-        check_matches(replace(INFO, complete=False), {}, tmp_path)
+def test_what_is_younger_than_the_format_is_written_only_where_it_says_something() -> None:
+    assert not {"validation", "augmentation"} & set(INFO.as_data())
+    assert replace(INFO, validation=5).as_data()["validation"] == 5
+    assert WeightsInfo(**INFO.as_data()) == INFO
 
 
 def test_unreadable_foreign_and_misfit_files(tmp_path: Path) -> None:

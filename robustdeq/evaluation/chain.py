@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from robustdeq.equilibrium import EquilibriumClassifier, metered, parse_gradient
 from robustdeq.errors import CaseError, RobustDEQError, sentence
-from robustdeq.evaluation.checks import is_randomized, run_checks
+from robustdeq.evaluation.checks import check, is_randomized, run_checks
 from robustdeq.evaluation.judge import Judge, Judgment
 from robustdeq.evaluation.provenance import core_digest, environment
 from robustdeq.evaluation.stages import CHECKS, CLEAN, Stage
@@ -28,6 +28,9 @@ from robustdeq.records import FORMAT, Record, RecordMeta, Status, broken, check_
 from robustdeq.shapes import Images, Labels
 from robustdeq.targets import Target
 from robustdeq.threats import Threat, Violation
+
+INCOMPLETE = "incomplete"
+"""What a case says of its training where a time budget ended it: its row is not ranked."""
 
 
 @runtime_checkable
@@ -263,6 +266,8 @@ def _checks(chain: Chain, stage: Stage) -> _Result:
     rows = run_checks(target, chain.chunk.x, chain.chunk.y)
     if chain.records[0].meta.track == "randomized":
         rows = [row for row in rows if row["name"] != "batch_dependent"]
+    if subject.case.get("training") == INCOMPLETE:
+        rows.append(check("incomplete_training", 1.0, 0.0, len(chain.chunk.y)))
     return _Result(check_frame(rows))
 
 

@@ -34,12 +34,12 @@ def run_checks(target: Target, x: Images, y: Labels) -> list[dict[str, Any]]:
     tolerance = getattr(getattr(target.model, "solver", None), "tolerance", 0.0)
     if residual is not None and tolerance > 0:
         share = float((residual > max(UNCONVERGED, 10 * tolerance)).float().mean())
-        rows.append(_check("unconverged_clean", share, 0.01, len(x)))
+        rows.append(check("unconverged_clean", share, 0.01, len(x)))
     return rows
 
 
-def _check(name: str, value: float, threshold: float, n: int) -> dict[str, Any]:
-    """A row; NaN fails."""
+def check(name: str, value: float, threshold: float, n: int) -> dict[str, Any]:
+    """A measurement as a row; NaN fails."""
     status = "passed" if value <= threshold else "failed"
     return {"name": name, "value": value, "threshold": threshold, "n": n, "status": status}
 
@@ -48,7 +48,7 @@ def _grad_mode(target: Target, x: Images) -> dict[str, Any]:
     """Logits with gradients enabled against logits without: an attack must see what is judged."""
     with seeded(1, x.device), torch.enable_grad():
         attacked = target(x.clone().requires_grad_()).logits.detach()
-    return _check(
+    return check(
         "grad_mode_changes_logits", _gap(attacked, _seeded_logits(target, x, 1)), 1e-5, len(x)
     )
 
@@ -62,7 +62,7 @@ def _batch(target: Target, x: Images) -> dict[str, Any]:
     flipped = predictions(together) != predictions(alone)
     share = float((moved & flipped).float().mean()) if len(x) else 0.0
     far = float(((together - alone).abs().amax(1) / scale > 1e-3).float().mean())
-    return _check("batch_dependent", max(share, far), 0.0, len(x))
+    return check("batch_dependent", max(share, far), 0.0, len(x))
 
 
 def _gradient(target: Target, x: Images, y: Labels) -> list[dict[str, Any]]:
@@ -80,13 +80,13 @@ def _gradient(target: Target, x: Images, y: Labels) -> list[dict[str, Any]]:
         try:
             (gradient,) = torch.autograd.grad((others - own).sum(), x)
         except RuntimeError:
-            return [_check("gradient_missing", 1.0, 0.0, n)]
+            return [check("gradient_missing", 1.0, 0.0, n)]
     flat = gradient.flatten(1)
     finite = flat.isfinite().all(1)
     zero = (flat == 0).all(1)
     return [
-        _check("nonfinite_gradient", float((~finite).float().mean()), 0.0, n),
-        _check("zero_gradient", float(zero.float().mean()), 0.05, n),
+        check("nonfinite_gradient", float((~finite).float().mean()), 0.0, n),
+        check("zero_gradient", float(zero.float().mean()), 0.05, n),
     ]
 
 

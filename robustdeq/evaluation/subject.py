@@ -13,7 +13,7 @@ import torch
 
 from robustdeq.datasets import Slice, SliceIdentity
 from robustdeq.errors import CaseError, RobustDEQError, UsageError, sentence
-from robustdeq.evaluation.chain import Chunk, Subject
+from robustdeq.evaluation.chain import INCOMPLETE, Chunk, Subject
 from robustdeq.evaluation.judge import seeded
 from robustdeq.evaluation.provenance import source_digest
 from robustdeq.interfaces import trained_form
@@ -79,9 +79,12 @@ def build_subject(
     entry = case.entry
     defense = load("defense", entry.defense, entry.parameters)
     path = source.find(entry.weights) if entry.weights else None
+    complete = True
     if path is not None:
         verify_sha256(path, entry.sha256)
-        check_matches(_resolved(read_info(path)), _expected(case), path)
+        info = _resolved(read_info(path))
+        check_matches(info, _expected(case), path)
+        complete = info.complete
     try:
         with seeded(derived_seed(case.seed, "build"), device):
             model = defense.build(data.spec, device)
@@ -109,6 +112,8 @@ def build_subject(
         "seed": case.seed,
         "chunk": case.chunk,
     }
+    if not complete:
+        described["training"] = INCOMPLETE
     return Subject(
         model,
         data.spec.classes,
@@ -139,6 +144,7 @@ def _expected(case: Case) -> dict[str, Any]:
             "threat": threat if recipe.adversarial else "",
             "seed": entry.training.seed,
             "validation": entry.training.validation,
+            "augmentation": entry.training.augmentation,
         }
     return canonical(expected)  # type: ignore[no-any-return]
 

@@ -41,7 +41,7 @@ class Descent(Trainer):
     def advance(self) -> dict[str, Tensor | float]:
         """See `Trainer.advance`."""
         rows = self._batch()
-        x, y = self.images[rows].float() / 255.0, self.labels[rows]
+        x, y = self.task.batch(self.images[rows], self.step), self.labels[rows]
         with metered() as meter, self.task.arithmetic():
             loss = self.task.recipe.loss(
                 self.target, x, y, self.task.threat, self.step / self.steps, self.generator

@@ -17,6 +17,7 @@ from robustdeq.errors import CaseError
 from robustdeq.interfaces import Defense, Recipe, option
 from robustdeq.randomness import derived_seed
 from robustdeq.threats import Threat
+from robustdeq.training.augmentation import Augmentation
 from robustdeq.training.checkpoint import Checkpoint
 from robustdeq.training.descent import Descent
 from robustdeq.training.history import Row
@@ -58,6 +59,7 @@ def train(
     device: torch.device,
     validation: int = 0,
     precision: Precision = "float32",
+    augmentation: Augmentation = "none",
     minutes: float | None = None,
     checkpoint: Checkpoint | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
@@ -78,7 +80,7 @@ def train(
     torch.manual_seed(derived_seed(seed, "initialization"))
     model = defense.build(data.spec, device)
     kept, look = held_out(data, validation, seed)
-    task = Task(model, recipe, kept, threat, seed, device, precision)
+    task = Task(model, recipe, kept, threat, seed, device, precision, augmentation)
     bring: Callable[[Task], Trainer] = option(recipe, "trainer", Descent)
     loop = _Loop(task, bring(task), look if validation else None, checkpoint)
     loop.resume()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ from robustdeq.datasets import load_slice
 from robustdeq.errors import CaseError, UsageError
 from robustdeq.evaluation.provenance import source_digest, training_digest, versions
 from robustdeq.files import make_folder
-from robustdeq.interfaces import Defense, Recipe, trained_form
+from robustdeq.interfaces import Defense, Recipe, option, trained_form
 from robustdeq.keys import canonical, digest, file_sha256
-from robustdeq.registry import load, parameters_of
+from robustdeq.registry import load, parameters_of, plugin_class
 from robustdeq.suite import DefenseEntry, Suite, expand
 from robustdeq.threats import Threat
+from robustdeq.training.augmentation import Augmentation
 from robustdeq.training.checkpoint import Checkpoint
 from robustdeq.training.history import write_curve, write_log
 from robustdeq.training.loop import Progress, train
@@ -41,6 +42,7 @@ class Job:
     seed: int
     out: Path
     validation: int = 0
+    augmentation: Augmentation = "none"
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,15 @@ def _job(entry: DefenseEntry, dataset: str, threat: str, folder: Path) -> Job:
         seed=training.seed,
         out=folder / Path(entry.weights).name,
         validation=training.validation,
+        augmentation=training.augmentation,
     )
+
+
+def suited(defense: Defense, recipe: str) -> dict[str, Any]:
+    """The parameters that a defense suggests for training, those that the recipe has."""
+    known = {field.name for field in fields(plugin_class("recipe", recipe))}
+    suggested: Mapping[str, Any] = option(defense, "suited", {})
+    return {name: value for name, value in suggested.items() if name in known}
 
 
 def run_job(
@@ -127,6 +137,7 @@ def run_job(
         seed=job.seed,
         device=device,
         validation=job.validation,
+        augmentation=job.augmentation,
         precision=precision,
         minutes=minutes,
         checkpoint=Checkpoint(job.out.with_suffix(".checkpoint"), identity),
@@ -156,6 +167,7 @@ def _info(
         complete=True,
         environment=environment,
         validation=job.validation,
+        augmentation=job.augmentation,
     )
 
 

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from robustdeq.datasets import DataSpec, Slice
 from robustdeq.equilibrium import EquilibriumClassifier, Honest, Value, parse_gradient
 from robustdeq.interfaces import Recipe, option
+from robustdeq.randomness import derived_seed
 from robustdeq.targets import Target
 from robustdeq.threats import Threat
+from robustdeq.training.augmentation import Augmentation, augmented
 
 Precision = Literal["float32", "bfloat16"]
 CLIPPING = 5.0
@@ -28,6 +30,7 @@ class Task:
 
     Attributes:
         precision: "bfloat16" runs forward passes under autocast; weights stay in float32.
+        augmentation: what happens to images before they are trained on.
     """
 
     model: nn.Module
@@ -37,6 +40,17 @@ class Task:
     seed: int
     device: torch.device
     precision: Precision = "float32"
+    augmentation: Augmentation = "none"
+
+    def batch(self, images: Tensor, *place: object) -> Tensor:
+        """A batch of uint8 images as they are trained on, in [0, 1].
+
+        Args:
+            place: where in the training it stands; decides its augmentation, with the seed.
+        """
+        x = images.float() / 255.0
+        seed = derived_seed(self.seed, "augmentation", *place)
+        return augmented(x, self.augmentation, torch.Generator().manual_seed(seed))
 
     def target(self, solver_steps: int | None = None) -> Target:
         """The view that the recipe differentiates.

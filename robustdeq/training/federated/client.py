@@ -139,7 +139,7 @@ def _descend(task: Task, work: Work, images: Tensor, labels: Tensor) -> float:
         rows = rows.to(task.device)
         progress = (work.round + k / len(batches)) / work.rounds
         with task.arithmetic():
-            x = images[rows].float() / 255.0
+            x = task.batch(images[rows], work.round, work.client, k)
             loss = recipe.loss(target, x, labels[rows], task.threat, progress, generator)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
