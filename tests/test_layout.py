@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
 import zipfile
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,6 +117,33 @@ def test_shipped_weights_are_small_and_named_by_a_suite() -> None:
     assert all(name in texts for name in sizes)
     assert max(s for n, s in sizes.items() if n.startswith("digits")) <= 300 * 1024
     assert max(s for n, s in sizes.items() if n.startswith("mnist")) <= 400 * 1024
+    assert sum(s for n, s in sizes.items() if n.startswith("digits")) <= 6 * 2**20
+
+
+def test_the_tables_in_docs_are_those_of_the_records() -> None:
+    script = runpy.run_path(str(ROOT / "benchmarks" / "defense_pages.py"))
+    frame = pd.read_csv(ROOT / "leaderboards" / "digits-ablations.csv")
+    pages = sorted((ROOT / "docs").glob("*.md"))
+    assert {"lyadeq", "neural_dynamics", "joint_optimization", "weight_tied", "federated"} <= {
+        page.stem for page in pages
+    }
+    for page in pages:
+        text = page.read_text()
+        assert script["filled"](text, frame) == text
+        assert len(text.splitlines()) <= 90
+
+
+def test_the_ablations_are_what_their_script_writes(tmp_path: Path) -> None:
+    script = runpy.run_path(str(ROOT / "benchmarks" / "ablations.py"))
+    held = (ROOT / "leaderboards" / "digits-ablations.toml").read_text()
+    sha256 = dict(re.findall(r'weights = "([^"]+)"\nsha256 = "([0-9a-f]*)"', held))
+    entries = [script["entry"](r, seed, sha256) for r in script["rows"]() for seed in r.seeds]
+    assert script["HEAD"] + "".join(entries) == held
+    table = pd.read_csv(ROOT / "leaderboards" / "digits-ablations.csv")
+    assert len(table) == len(entries)
+    weights = dict(re.findall(r'id = "([^"]+)"[^[]*?sha256 = "([0-9a-f]+)"', held))
+    assert dict(zip(table["id"], table["weights_sha256"], strict=True)) == weights
+    assert (table["status"] == "ok").all()
 
 
 def test_architecture_names_every_file_and_no_other() -> None:

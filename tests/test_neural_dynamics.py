@@ -104,7 +104,13 @@ def test_an_attack_passes_through_the_purifier_as_through_an_identity() -> None:
 
     received: list[Tensor] = []
     embed = model.embed
-    model.embed = lambda x: (received.append(x), embed(x))[1]
+
+    def recorded(image: Tensor) -> Tensor:
+        received.append(image)
+        out: Tensor = embed(image)
+        return out
+
+    model.embed = recorded
     drive = model.drive()
     with torch.no_grad():
         model.predict(x, drive)

@@ -46,9 +46,9 @@ def test_shipped_suites_parse(name: str) -> None:
     assert expand(suite)
 
 
-def test_shipped_digits_suite_is_nine_rows_of_at_least_a_hundred_samples() -> None:
+def test_shipped_digits_suite_is_fourteen_rows_of_at_least_a_hundred_samples() -> None:
     suite = find_suite("digits")
-    assert len(expand(suite)) == 9
+    assert len(expand(suite)) == 14
     assert all(dataset.samples >= 100 for dataset in suite.datasets)
     assert all(entry.sha256 for entry in suite.defenses)
 
