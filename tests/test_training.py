@@ -19,7 +19,7 @@ from robustdeq.datasets import load_slice
 from robustdeq.equilibrium import EquilibriumClassifier
 from robustdeq.errors import CaseError, UsageError
 from robustdeq.registry import load
-from robustdeq.suite import find_suite
+from robustdeq.suite import find_suite, suite_names
 from robustdeq.targets import Target
 from robustdeq.threats import Threat
 from robustdeq.training._inner import maximized, random_start, warmed
@@ -193,6 +193,13 @@ def test_reduced_precision_trains_and_is_written_down(tmp_path: Path) -> None:
     assert all(v.dtype == torch.float32 for v in states[0].values())
     gaps = [float((a - b).abs().max()) for a, b in zip(*[s.values() for s in states], strict=True)]
     assert 0 < max(gaps) < 0.2
+
+
+@pytest.mark.parametrize("name", suite_names())
+def test_no_shipped_suite_contradicts_itself(name: str, tmp_path: Path) -> None:
+    suite = find_suite(name)
+    jobs = jobs_of(suite, tmp_path)
+    assert {job.out.name for job in jobs} == {e.weights for e in suite.defenses if e.training}
 
 
 def test_rows_that_disagree_on_a_file_are_refused(tmp_path: Path) -> None:

@@ -78,13 +78,16 @@ def jobs_of(suite: Suite, folder: Path) -> list[Job]:
 def _job(entry: DefenseEntry, dataset: str, threat: str, folder: Path) -> Job:
     training = entry.training
     assert training is not None
+    recipe = load("recipe", training.recipe, training.parameters)
+    # Clean training knows no threat; its one file serves rows of several.
+    threat = training.threat or threat if recipe.adversarial else "Linf:0"
     return Job(
         defense=entry.defense,
         parameters=parameters_of(trained_form(load("defense", entry.defense, entry.parameters))),
         dataset=dataset,
         recipe=training.recipe,
         recipe_parameters=training.parameters,
-        threat=training.threat or threat,
+        threat=threat,
         seed=training.seed,
         out=folder / Path(entry.weights).name,
         validation=training.validation,
