@@ -37,6 +37,9 @@ def run(
         str | None, typer.Option(help="Attacks in place of the suite's own.")
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Test samples per row.")] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Rows in whose ID this regular expression is found.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     batch_size: Annotated[int | None, typer.Option(help="Most rows in one forward pass.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes at a time; one per core.")] = None,
@@ -53,7 +56,7 @@ def run(
     del debug
     if workers is not None and workers < 1:
         raise UsageError(f"--workers is {workers}; give at least 1.")
-    chosen = adjusted(find_suite(suite), samples, battery)
+    chosen = adjusted(find_suite(suite), samples, battery, only)
     if estimate:
         _print_estimate(chosen, device, weights, workers)
         return
@@ -113,7 +116,7 @@ def train(
     ] = None,
     suite: Annotated[str | None, typer.Option(help="Train all weights of a suite instead.")] = None,
     only: Annotated[
-        str | None, typer.Option(help="With --suite: weights whose name contains this.")
+        str | None, typer.Option(help="With --suite: files in whose name this pattern is found.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Decides every weight.")] = 0,
     validation: Annotated[
@@ -134,7 +137,7 @@ def train(
     """Train a defense, or all of a suite's, and write safetensors with their metadata."""
     from robustdeq.evaluation.subject import pick_device
     from robustdeq.registry import load
-    from robustdeq.suite import find_suite
+    from robustdeq.suite import find_suite, pattern
     from robustdeq.training.run import Job, jobs_of, suited
 
     del debug
@@ -145,7 +148,8 @@ def train(
     expected: dict[str, str] = {}
     if suite is not None:
         chosen = find_suite(suite)
-        jobs = [job for job in jobs_of(chosen, out) if only is None or only in job.out.name]
+        wanted = pattern(only or "")
+        jobs = [job for job in jobs_of(chosen, out) if wanted.search(job.out.name)]
         expected = {Path(e.weights).name: e.sha256 for e in chosen.defenses}
     else:
         assert defense is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -183,8 +184,17 @@ def parse_suite(text: str, source: str, folder: Path | None) -> Suite:
     return suite
 
 
-def adjusted(suite: Suite, samples: int | None, battery_name: str | None) -> Suite:
-    """The suite with the command line's number of samples and battery in place of its own."""
+def adjusted(
+    suite: Suite, samples: int | None, battery_name: str | None, only: str | None = None
+) -> Suite:
+    """The suite with the command line's samples, battery and choice of rows in place of its own.
+
+    Args:
+        only: a regular expression; rows in whose ID it is found stay.
+
+    Raises:
+        UsageError: for a value that leaves nothing to do.
+    """
     if samples is not None:
         if samples < 1:
             raise UsageError(f"--samples is {samples}; give at least 1.")
@@ -192,7 +202,27 @@ def adjusted(suite: Suite, samples: int | None, battery_name: str | None) -> Sui
     if battery_name is not None:
         battery(battery_name)
         suite = replace(suite, battery=battery_name, attacks=())
+    if only is not None:
+        chosen = tuple(e for e in suite.defenses if pattern(only).search(e.id))
+        if not chosen:
+            ids = ", ".join(e.id for e in suite.defenses[:5])
+            raise UsageError(
+                f"--only {only!r} is found in no row of suite {suite.name} ({ids}...)."
+            )
+        suite = replace(suite, defenses=chosen)
     return suite
+
+
+def pattern(text: str) -> re.Pattern[str]:
+    """A regular expression of the command line.
+
+    Raises:
+        UsageError: if it is none.
+    """
+    try:
+        return re.compile(text)
+    except re.error as cause:
+        raise UsageError(f"--only {text!r} is no regular expression ({cause}).") from cause
 
 
 def attacks_of(suite: Suite) -> tuple[AttackEntry, ...]:

@@ -227,3 +227,12 @@ def test_the_verdict_on_a_purified_model_runs_every_estimator() -> None:
     verdict = robustdeq.evaluate(model, x, y, threat="Linf:1/255", attacks=[entry])
     assert verdict.status == "ok"
     assert verdict.robust_acc is not None
+
+
+def test_a_recipe_with_a_trainer_of_its_own_stands_in_no_other() -> None:
+    for outer in ("random_states", "federated"):
+        with pytest.raises(UsageError, match="trainer of its own"):
+            load("recipe", outer, {"base": "federated"})
+    around: Any = load("recipe", "federated", {"base": "random_states", "rounds": 3})
+    assert around.parameters["base"] == "pgd_at"
+    assert around.adversarial

@@ -59,6 +59,18 @@ def test_keys_do_not_depend_on_what_was_left_to_defaults() -> None:
     assert attacks_of(parse_suite(text, "s", None)) == attacks_of(parse_suite(spelled, "s", None))
 
 
+def test_rows_are_chosen_by_a_regular_expression() -> None:
+    suite = find_suite("digits")
+    chosen = adjusted(suite, None, None, "2021|2023")
+    assert {e.defense for e in chosen.defenses} == {
+        "lyadeq", "neural_dynamics", "joint_optimization", "weight_tied", "federated",
+    }  # fmt: skip
+    with pytest.raises(UsageError, match="no row of suite digits"):
+        adjusted(suite, None, None, "2022")
+    with pytest.raises(UsageError, match="no regular expression"):
+        adjusted(suite, None, None, "(")
+
+
 def test_command_line_overrides() -> None:
     suite = adjusted(find_suite("digits"), samples=7, battery_name="standard")
     assert suite.datasets[0].samples == 7

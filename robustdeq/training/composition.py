@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robustdeq.errors import UsageError
 from robustdeq.interfaces import Recipe, option
 from robustdeq.registry import load, parameters_of
 from robustdeq.shapes import Images, Labels
@@ -29,8 +30,13 @@ class Around(ABC):
     parameters: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        resolved = parameters_of(load("recipe", self.base, self.parameters))
-        object.__setattr__(self, "parameters", resolved)
+        recipe = load("recipe", self.base, self.parameters)
+        if option(recipe, "trainer", None) is not None:
+            raise UsageError(
+                f"recipe {self.base!r} brings a trainer of its own and cannot stand in another; "
+                "give a base such as 'pgd_at', or put the other one inside it."
+            )
+        object.__setattr__(self, "parameters", parameters_of(recipe))
 
     @cached_property
     def local(self) -> Recipe:

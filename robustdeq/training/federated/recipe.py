@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from robustdeq.errors import UsageError
-from robustdeq.interfaces import About, Recipe, option
+from robustdeq.interfaces import About
 from robustdeq.registry import plugin_class
 from robustdeq.shapes import Images, Labels
 from robustdeq.targets import Target
@@ -81,23 +80,11 @@ class Federated(Around):
         _check(self)
         object.__setattr__(self, "parameters", self._suited())
         super().__post_init__()
-        assert self.local  # refuses bases that clients cannot train with
 
     def _suited(self) -> dict[str, Any]:
         known = {member.name for member in fields(plugin_class("recipe", self.base))}
         suited = {name: value for name, value in _SUITED.items() if name in known}
         return {**suited, **self.parameters}
-
-    @cached_property
-    def local(self) -> Recipe:
-        """The recipe that a client trains with."""
-        recipe = super().local
-        if option(recipe, "trainer", None) is not None:
-            raise UsageError(
-                f"recipe {self.base!r} brings a trainer of its own and cannot be trained by "
-                "clients; give a base such as 'pgd_at'."
-            )
-        return recipe
 
     @property
     def epochs(self) -> int:
