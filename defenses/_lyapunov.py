@@ -59,7 +59,7 @@ class ConvexNetwork(nn.Module):
         """g(x), (batch,), and its gradient, (batch, size); both differentiable."""
         value, kinks = self._run(x)
         weights = [F.softplus(u) / u.shape[0] for u in self.between]
-        layers = list(self.inputs)
+        layers = self._layers()
         flow = x.new_ones(len(x), 1)
         gradient = flow @ layers[-1].weight
         for weight, kink, layer in zip(
@@ -69,9 +69,12 @@ class ConvexNetwork(nn.Module):
             gradient = gradient + flow @ layer.weight
         return value, gradient
 
+    def _layers(self) -> list[nn.Linear]:
+        return [layer for layer in self.inputs if isinstance(layer, nn.Linear)]
+
     def _run(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """g(x), and what goes into each kink."""
-        layers = list(self.inputs)
+        layers = self._layers()
         kinks = [layers[0](x)]
         for u, layer in zip(self.between, layers[1:], strict=True):
             z = smooth_relu(kinks[-1], self.d)

@@ -88,7 +88,7 @@ class ResidualEquilibrium(EquilibriumClassifier):
         super().__init__(solver, gradient)
         self.stem, self.gain = stem, gain
         self.residual = Residual(stem.shape, inner)
-        self.head = readout(stem.shape, classes)
+        self.head: nn.Module = readout(stem.shape, classes)
         self.constrain(200)
 
     def embed(self, x: Tensor) -> Tensor:

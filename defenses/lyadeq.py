@@ -131,7 +131,7 @@ class LyapunovModule(ResidualEquilibrium):
         self.settings = settings
         self.pool = Pool(stem.shape, settings.pool)
         orthogonal = settings.head == "orthogonal"
-        self.head: nn.Module = nn.Linear(self.pool.size, classes, bias=not orthogonal)
+        self.head = nn.Linear(self.pool.size, classes, bias=not orthogonal)
         self.lyapunov: Lyapunov | None = None
         if settings.stability == "lyapunov":
             hidden = (settings.hidden, settings.hidden)
