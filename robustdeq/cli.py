@@ -40,6 +40,9 @@ def run(
     only: Annotated[
         str | None, typer.Option(help="Rows in whose ID this regular expression is found.")
     ] = None,
+    threat: Annotated[
+        str | None, typer.Option(help="In place of the suite's, as in Linf:0.1.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     batch_size: Annotated[int | None, typer.Option(help="Most rows in one forward pass.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes at a time; one per core.")] = None,
@@ -56,7 +59,7 @@ def run(
     del debug
     if workers is not None and workers < 1:
         raise UsageError(f"--workers is {workers}; give at least 1.")
-    chosen = adjusted(find_suite(suite), samples, battery, only)
+    chosen = adjusted(find_suite(suite), samples, battery, only, threat)
     if estimate:
         _print_estimate(chosen, device, weights, workers)
         return

@@ -185,12 +185,17 @@ def parse_suite(text: str, source: str, folder: Path | None) -> Suite:
 
 
 def adjusted(
-    suite: Suite, samples: int | None, battery_name: str | None, only: str | None = None
+    suite: Suite,
+    samples: int | None,
+    battery_name: str | None,
+    only: str | None = None,
+    threat: str | None = None,
 ) -> Suite:
     """The suite with the command line's samples, battery and choice of rows in place of its own.
 
     Args:
         only: a regular expression; rows in whose ID it is found stay.
+        threat: in place of the suite's threats; rows that have their own stay if it is among them.
 
     Raises:
         UsageError: for a value that leaves nothing to do.
@@ -202,6 +207,8 @@ def adjusted(
     if battery_name is not None:
         battery(battery_name)
         suite = replace(suite, battery=battery_name, attacks=())
+    if threat is not None:
+        suite = _under(suite, str(Threat.parse(threat)))
     if only is not None:
         chosen = tuple(e for e in suite.defenses if pattern(only).search(e.id))
         if not chosen:
@@ -211,6 +218,29 @@ def adjusted(
             )
         suite = replace(suite, defenses=chosen)
     return suite
+
+
+def _under(suite: Suite, threat: str) -> Suite:
+    """The suite under one threat."""
+    rows = [e for e in suite.defenses if threat in (_texts(e.threats) or (threat,))]
+    if not rows:
+        raise UsageError(f"suite {suite.name} has no row for threat {threat}.")
+    # Weights keep the threat that they were trained for.
+    own = _texts(suite.threats)
+    kept = [replace(e, threats=(), training=_trained_for(e, own)) for e in rows]
+    return replace(suite, threats=(threat,), defenses=tuple(kept))
+
+
+def _trained_for(entry: DefenseEntry, threats: tuple[str, ...]) -> Training | None:
+    """How a row was trained, with its threat spelled out where the suite left no doubt."""
+    known = _texts(entry.threats) or threats
+    if entry.training is None or entry.training.threat or len(known) != 1:
+        return entry.training
+    return replace(entry.training, threat=known[0])
+
+
+def _texts(threats: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(str(Threat.parse(threat)) for threat in threats)
 
 
 def pattern(text: str) -> re.Pattern[str]:

@@ -71,6 +71,18 @@ def test_rows_are_chosen_by_a_regular_expression() -> None:
         adjusted(suite, None, None, "(")
 
 
+def test_a_threat_in_place_of_the_suites() -> None:
+    weaker = adjusted(find_suite("digits"), None, None, "Madry", "Linf:1/16")
+    assert {str(case.threat) for case in expand(weaker)} == {"Linf:1/16"}
+    # The weights are those of the suite's own threat still.
+    assert {e.training.threat for e in weaker.defenses if e.training} == {"Linf:3/16"}
+    one = adjusted(find_suite("cifar10"), None, None, None, "L2:0.5")
+    whole = [case for case in expand(find_suite("cifar10")) if str(case.threat) == "L2:0.5"]
+    assert [case.entry.id for case in expand(one)] == [case.entry.id for case in whole]
+    with pytest.raises(UsageError, match="does not parse"):
+        adjusted(find_suite("digits"), None, None, None, "Linf")
+
+
 def test_command_line_overrides() -> None:
     suite = adjusted(find_suite("digits"), samples=7, battery_name="standard")
     assert suite.datasets[0].samples == 7
