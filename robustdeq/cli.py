@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console
@@ -140,7 +140,7 @@ def train(
     """Train a defense, or all of a suite's, and write safetensors with their metadata."""
     from robustdeq.evaluation.subject import pick_device
     from robustdeq.registry import load
-    from robustdeq.suite import find_suite, pattern
+    from robustdeq.suite import Augmentation, find_suite, pattern
     from robustdeq.training.run import Job, jobs_of, suited
 
     del debug
@@ -170,7 +170,7 @@ def train(
                 seed=seed,
                 out=out,
                 validation=validation,
-                augmentation=_one_of("augmentation", augmentation, ("none", "shift_flip")),
+                augmentation=_one_of("augmentation", augmentation, get_args(Augmentation)),
             )
         ]
     picked = pick_device(device)

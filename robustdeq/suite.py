@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from robustdeq.datasets import check_dataset
 from robustdeq.equilibrium import parse_gradient
@@ -19,6 +19,7 @@ from robustdeq.registry import load, parameters_of
 from robustdeq.threats import Threat
 
 FORMAT = 1
+Augmentation = Literal["none", "shift_flip"]
 Track = Literal["any", "deterministic", "randomized"]
 BATTERIES = "batteries"
 T = TypeVar("T")
@@ -62,7 +63,7 @@ class Training:
     threat: str = ""
     seed: int = 0
     validation: int = 0
-    augmentation: Literal["none", "shift_flip"] = "none"
+    augmentation: Augmentation = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,6 +329,7 @@ def _entry(cls: type[T], item: Any, where: str) -> T:
     if not isinstance(item, Mapping):
         raise UsageError(f"{where}: {item!r} is no table.")
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    hints = get_type_hints(cls)
     values: dict[str, Any] = {}
     for key, value in item.items():
         if key not in known:
@@ -335,6 +337,9 @@ def _entry(cls: type[T], item: Any, where: str) -> T:
             hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(known)}."
             raise UsageError(f"{where}: unknown key {key!r}; {hint}")
         values[key] = _value(key, value, str(known[key].type), where)
+        choices = get_args(hints[key]) if get_origin(hints[key]) is Literal else ()
+        if choices and value not in choices:
+            raise UsageError(f"{where}: {key} is {value!r}; give {' or '.join(choices)}.")
     try:
         return cls(**values)
     except TypeError as cause:
@@ -343,11 +348,6 @@ def _entry(cls: type[T], item: Any, where: str) -> T:
 
 
 _PLAIN: dict[str, type] = {"str": str, "int": int}
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "track": ("any", "deterministic", "randomized"),
-    "value": ("deployed", "surrogate"),
-    "augmentation": ("none", "shift_flip"),
-}
 
 
 def _value(key: str, value: Any, kind: str, where: str) -> Any:
@@ -364,6 +364,4 @@ def _value(key: str, value: Any, kind: str, where: str) -> Any:
         return tuple(value)
     if kind.startswith("dict") and not isinstance(value, Mapping):
         raise UsageError(f"{where}: {key} is {value!r}; give a table.")
-    if key in _CHOICES and value not in _CHOICES[key]:
-        raise UsageError(f"{where}: {key} is {value!r}; give {' or '.join(_CHOICES[key])}.")
     return value

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from robustdeq.shapes import Images
+from robustdeq.suite import Augmentation
 
-Augmentation = Literal["none", "shift_flip"]
 SHIFT = 4
 """Most pixels of a shift in either direction; what comes in is black."""
 

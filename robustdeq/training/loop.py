@@ -16,8 +16,8 @@ from robustdeq.equilibrium import EquilibriumClassifier, Honest
 from robustdeq.errors import CaseError
 from robustdeq.interfaces import Defense, Recipe, option
 from robustdeq.randomness import derived_seed
+from robustdeq.suite import Augmentation
 from robustdeq.threats import Threat
-from robustdeq.training.augmentation import Augmentation
 from robustdeq.training.checkpoint import Checkpoint
 from robustdeq.training.descent import Descent
 from robustdeq.training.history import Row

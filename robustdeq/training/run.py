@@ -16,9 +16,8 @@ from robustdeq.files import make_folder
 from robustdeq.interfaces import Defense, Recipe, option, trained_form
 from robustdeq.keys import canonical, digest, file_sha256
 from robustdeq.registry import load, parameters_of, plugin_class
-from robustdeq.suite import DefenseEntry, Suite, expand
+from robustdeq.suite import Augmentation, DefenseEntry, Suite, expand
 from robustdeq.threats import Threat
-from robustdeq.training.augmentation import Augmentation
 from robustdeq.training.checkpoint import Checkpoint
 from robustdeq.training.history import write_curve, write_log
 from robustdeq.training.loop import Progress, train

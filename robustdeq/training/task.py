@@ -15,9 +15,10 @@ from robustdeq.datasets import DataSpec, Slice
 from robustdeq.equilibrium import EquilibriumClassifier, Honest, Value, parse_gradient
 from robustdeq.interfaces import Recipe, option
 from robustdeq.randomness import derived_seed
+from robustdeq.suite import Augmentation
 from robustdeq.targets import Target
 from robustdeq.threats import Threat
-from robustdeq.training.augmentation import Augmentation, augmented
+from robustdeq.training.augmentation import augmented
 
 Precision = Literal["float32", "bfloat16"]
 CLIPPING = 5.0
