@@ -13,6 +13,7 @@ from robustdeq.datasets import DataSpec
 from robustdeq.equilibrium import FixedPoint, Unrolled
 from robustdeq.errors import UsageError
 from robustdeq.interfaces import About
+from robustdeq.training.federated.recipe import Federated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,14 +26,8 @@ class FederatedDEQ(DEQ):
         steps: K plain iterations with exact gradients; 0 solves to the tolerance.
     """
 
-    about: ClassVar[About] = About(
-        "Deep Equilibrium Models Meet Federated Learning",
-        "Alexandros Gkillas, Dimitris Ampeliotis, Kostas Berberidis",
-        "EUSIPCO 2023",
-        "https://arxiv.org/abs/2305.18646",
-        claimed="Equilibrium models in federated learning cut communication, as the shared layer "
-        "is small, and let devices spend different numbers of fixed-point iterations; a weighted "
-        "average at the server reflects the differing quality of the clients' models (abstract).",
+    about: ClassVar[About] = replace(
+        Federated.about,
         reproduced="Only the abstract was at hand, so the cell is the one that our controls "
         "share; see the recipe `federated`.",
     )

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from robustdeq.defenses.deq import DEQ
 
 from robustdeq.interfaces import About
+from robustdeq.training.joint import JointAdversarialTraining
 
 
 @dataclass(frozen=True, kw_only=True)
 class JointOptimization(DEQ):
     """`deq` with the recipe `joint`: the defense is its training, and its model is `deq`'s."""
 
-    about: ClassVar[About] = About(
-        "Joint Inference and Input Optimization in Equilibrium Networks",
-        "Swaminathan Gurumurthy, Shaojie Bai, Zachary Manchester, J. Zico Kolter",
-        "NeurIPS 2021",
-        "https://arxiv.org/abs/2111.13236",
+    about: ClassVar[About] = replace(
+        JointAdversarialTraining.about,
         claimed="Advancing state, adjoint and input together makes adversarial training of DEQs "
         "about 3 times faster than with PGD.",
         reproduced="The joint iteration with and without type-I Anderson mixing, against PGD "

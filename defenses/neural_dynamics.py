@@ -15,6 +15,7 @@ from robustdeq.datasets import DataSpec
 from robustdeq.equilibrium import Drive, Phantom, SolveGradient, Solver
 from robustdeq.interfaces import About
 from robustdeq.shapes import Images, Logits
+from robustdeq.training.random_states import RandomStates
 
 Regulation = Literal["none", "entropy", "random_sign"]
 Output = Literal["final", "early", "ensemble"]
@@ -55,12 +56,8 @@ class NeuralDynamics:
         damping: their damping.
     """
 
-    about: ClassVar[About] = About(
-        "Improving Adversarial Robustness of Deep Equilibrium Models with Explicit Regulations "
-        "Along the Neural Dynamics",
-        "Zonghan Yang, Peng Li, Tianyu Pang, Yang Liu",
-        "ICML 2023",
-        "https://arxiv.org/abs/2306.01435",
+    about: ClassVar[About] = replace(
+        RandomStates.about,
         claimed="Reducing the input's entropy along the dynamics, and random intermediate states "
         "in adversarial training, make DEQs much more robust, beyond strong deep networks.",
         reproduced="Both regulations as in the released code, except that x' stays in the graph "
