@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from robustdeq.datasets import check_dataset
-from robustdeq.equilibrium import parse_gradient
+from robustdeq.differentiation import parse_gradient
 from robustdeq.errors import UsageError, unknown
 from robustdeq.registry import load, parameters_of
 from robustdeq.threats import Threat

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from robustdeq.differentiation import Gradient, ModuleGradient
 from robustdeq.equilibrium import (
     Drive,
     Dynamics,
     EquilibriumClassifier,
-    Gradient,
     Honest,
     Solve,
+    SolveGradient,
     Solver,
     Value,
 )
@@ -59,7 +60,7 @@ class Target:
         self.solver, self.batch_size = solver, batch_size
         # Attacks work in float32; a model of another precision gets its own.
         self._dtype = parameter_dtype(model)
-        if not isinstance(self.gradient, Honest) and not self.iterates:
+        if isinstance(self.gradient, SolveGradient) and not self.iterates:
             raise UsageError(
                 f"gradient {self.gradient} differentiates through a solve, and this "
                 f"{type(model).__name__} has none; use 'honest'."
@@ -125,17 +126,33 @@ class Target:
 
     def _run(self, x: Images, warm: Sequence[Tensor]) -> Output:
         x = x if self._dtype is None else x.to(self._dtype)
+        if warm and not self.iterates:
+            raise UsageError("a warm start was given to a model without a solve.")
+        solves: list[Solve] = []
+
+        def predict(inputs: Images) -> Any:
+            solves.clear()
+            return self._predict(inputs, warm, solves)
+
+        if not isinstance(self.gradient, ModuleGradient):
+            logits = predict(x)
+        else:
+            logits = self.gradient(self.model, predict, x)
+        return Output(self._checked(logits, x), tuple(solves))
+
+    def _predict(self, x: Images, warm: Sequence[Tensor], solves: list[Solve]) -> Any:
+        """The model's own forward pass; `solves` receives what it solved."""
         if not isinstance(self.model, EquilibriumClassifier):
-            if warm:
-                raise UsageError("a warm start was given to a model without a solve.")
-            return Output(self._checked(count_unless_counted(self.model, x), x))
+            return count_unless_counted(self.model, x)
         drive = self.drive(self.model, warm)
-        logits = self._checked(self.model.predict(x, drive), x)
-        return Output(logits, tuple(drive.solves))
+        logits = self.model.predict(x, drive)
+        solves += drive.solves
+        return logits
 
     def drive(self, model: EquilibriumClassifier, warm: Sequence[Tensor]) -> Drive:
         """The `solve` of one forward pass through this view."""
-        gradient = model.gradient if isinstance(self.gradient, Honest) else self.gradient
+        own = not isinstance(self.gradient, SolveGradient)
+        gradient = model.gradient if own else cast("SolveGradient", self.gradient)
         return Drive(self.solver or model.solver, gradient, model.start, self.value, warm)
 
     def _checked(self, logits: Any, x: Images) -> Logits:

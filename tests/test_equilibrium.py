@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from toys import ToyEquilibrium
 
+from robustdeq.differentiation import parse_gradient
 from robustdeq.equilibrium import (
     Anderson,
     Broyden,
@@ -20,7 +21,6 @@ from robustdeq.equilibrium import (
     Solver,
     Unrolled,
     metered,
-    parse_gradient,
     splice,
 )
 from robustdeq.errors import UsageError

@@ -21,6 +21,7 @@ ORDER = [
     ["errors", "keys", "shapes", "files"],
     ["threats", "records", "datasets", "randomness"],
     ["equilibrium"],
+    ["differentiation"],
     ["targets"],
     ["interfaces"],
     ["registry"],

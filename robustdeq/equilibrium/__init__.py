@@ -6,14 +6,12 @@ from robustdeq.equilibrium.counting import Meter, metered
 from robustdeq.equilibrium.drive import Drive, Value
 from robustdeq.equilibrium.fixed_point import FixedPoint
 from robustdeq.equilibrium.gradients import (
-    Gradient,
     Honest,
     Implicit,
     OneStep,
     Phantom,
     SolveGradient,
     Unrolled,
-    parse_gradient,
     splice,
 )
 from robustdeq.equilibrium.iteration import Method, Solver
@@ -30,7 +28,7 @@ from robustdeq.equilibrium.solution import (
 
 __all__ = [
     "AdjointTrace", "Anderson", "Broyden", "Cell", "Drive", "Dynamics", "EquilibriumClassifier",
-    "FixedPoint", "Gradient", "Honest", "Implicit", "Injection", "JointAscent", "JointState",
+    "FixedPoint", "Honest", "Implicit", "Injection", "JointAscent", "JointState",
     "JointStep", "Meter", "Method", "OneStep", "Phantom", "Problem", "Solve", "SolveGradient",
-    "Solver", "Unrolled", "Value", "metered", "parse_gradient", "relative_residual", "splice",
+    "Solver", "Unrolled", "Value", "metered", "relative_residual", "splice",
 ]  # fmt: skip

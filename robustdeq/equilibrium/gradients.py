@@ -8,9 +8,7 @@ exposes the carrier itself.
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -233,43 +231,7 @@ class Honest:
         return "honest"
 
 
-Gradient = Honest | SolveGradient
-
-_KINDS: dict[str, Callable[..., Gradient]] = {
-    "honest": Honest,
-    "implicit": Implicit,
-    "one_step": OneStep,
-    "phantom": lambda steps, damping=1.0: Phantom(_whole(steps), damping),
-    "unrolled": lambda steps: Unrolled(_whole(steps)),
-}
-
-
-def parse_gradient(text: str) -> Gradient:
-    """Read `honest`, `implicit`, `one_step`, `phantom(5,0.5)` or `unrolled(20)`.
-
-    Raises:
-        UsageError: for another name or other arguments.
-    """
-    match = re.fullmatch(r"\s*(\w+)\s*(?:\(([^()]*)\))?\s*", text)
-    try:
-        if match is None or match[1] not in _KINDS:
-            raise ValueError
-        return _KINDS[match[1]](*[float(part) for part in (match[2] or "").split(",") if part])
-    except (ValueError, TypeError):
-        raise UsageError(
-            f"gradient {text!r} does not parse; write one of honest, implicit, one_step, "
-            "phantom(STEPS,DAMPING), unrolled(STEPS)."
-        ) from None
-
-
-def _whole(number: float) -> int:
-    if number != int(number):
-        raise ValueError
-    return int(number)
-
-
 __all__ = [
-    "Gradient",
     "Honest",
     "Implicit",
     "Injection",
@@ -277,6 +239,5 @@ __all__ = [
     "Phantom",
     "SolveGradient",
     "Unrolled",
-    "parse_gradient",
     "splice",
 ]

@@ -15,7 +15,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from robustdeq.equilibrium import EquilibriumClassifier, metered, parse_gradient
+from robustdeq.differentiation import ModuleGradient, parse_gradient
+from robustdeq.equilibrium import EquilibriumClassifier, metered
 from robustdeq.errors import CaseError, RobustDEQError, sentence
 from robustdeq.evaluation.checks import check, is_randomized, run_checks
 from robustdeq.evaluation.judge import Judge, Judgment
@@ -357,8 +358,9 @@ def _with_adjoint(
         return frame
     finite = [row for row in rows if bool(x_adv[row].isfinite().all())]
     target = Target(subject.model, subject.classes, batch_size=subject.batch_size)
-    if stage.gradient != "honest":
-        target = target.through(parse_gradient(stage.gradient))
+    gradient = parse_gradient(stage.gradient)
+    if not isinstance(gradient, ModuleGradient):
+        target = target.through(gradient)
     x = x_adv[finite].detach().requires_grad_()
     with torch.enable_grad():
         output = target(x)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from robustdeq.equilibrium import Honest, parse_gradient
+from robustdeq.differentiation import parse_gradient
+from robustdeq.equilibrium import SolveGradient
 from robustdeq.errors import UsageError
 from robustdeq.evaluation.provenance import source_digest
 from robustdeq.interfaces import Attack, Scope, option
@@ -40,8 +41,8 @@ class Stage:
 
     def fits(self, track: str, iterates: bool) -> bool:
         """Whether the stage applies to such a model."""
-        honest = isinstance(parse_gradient(self.gradient), Honest)
-        return self.track in ("any", track) and (iterates or honest)
+        of_solves = isinstance(parse_gradient(self.gradient), SolveGradient)
+        return self.track in ("any", track) and (iterates or not of_solves)
 
 
 CLEAN = Stage("clean", "clean")

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from robustdeq.datasets import DataSpec, Slice
-from robustdeq.equilibrium import EquilibriumClassifier, Honest, Value, parse_gradient
+from robustdeq.differentiation import parse_gradient
+from robustdeq.equilibrium import EquilibriumClassifier, Honest, Value
 from robustdeq.interfaces import Recipe, option
 from robustdeq.randomness import derived_seed
 from robustdeq.suite import Augmentation
