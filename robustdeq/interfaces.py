@@ -88,8 +88,9 @@ class Attack(Protocol):
     """An attack plugin: a frozen dataclass whose fields are its parameters.
 
     It may also define `scope` (a `Scope`, by default the survivors), `left_out(classes)` (a tuple
-    of sentences on what it cannot run with so few classes) and `budget(classes)` (a `Budget`, for
-    `--estimate`).
+    of sentences on what it cannot run with so few classes), `budget(classes)` (a `Budget`, for
+    `--estimate`) and `phase` (2 for an attack that wants what all rows' own attacks have found in
+    `target.pools`; by default 1).
     """
 
     needs: ClassVar[Access]

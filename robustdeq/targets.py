@@ -22,7 +22,7 @@ from robustdeq.equilibrium import (
 )
 from robustdeq.equilibrium.counting import count_unless_counted
 from robustdeq.errors import CaseError, UsageError
-from robustdeq.shapes import Images, Logits
+from robustdeq.shapes import Images, Logits, Mask
 
 
 class Output(NamedTuple):
@@ -30,6 +30,20 @@ class Output(NamedTuple):
 
     logits: Logits
     solves: tuple[Solve, ...] = ()
+
+
+class Pool(NamedTuple):
+    """Examples that something else made for the same samples: material for transfer attacks.
+
+    Attributes:
+        name: who made them.
+        x: (batch, channels, height, width), in the order of the batch.
+        available: whether there is one for the sample; elsewhere `x` means nothing.
+    """
+
+    name: str
+    x: Images
+    available: Mask
 
 
 class Target:
@@ -43,6 +57,7 @@ class Target:
             the estimator's own logits.
         solver: another solver than the deployed one (training with a loose one, say).
         batch_size: most rows in one forward pass; larger batches are split, with equal results.
+        pools: examples of other rows and of files, for the batch that an attack is given.
     """
 
     def __init__(
@@ -54,7 +69,9 @@ class Target:
         value: Value = "deployed",
         solver: Solver | None = None,
         batch_size: int | None = None,
+        pools: Sequence[Pool] = (),
     ) -> None:
+        self.pools = tuple(pools)
         self.model, self.classes, self.value = model, classes, value
         self.gradient: Gradient = Honest() if gradient is None else gradient
         self.solver, self.batch_size = solver, batch_size
@@ -91,7 +108,21 @@ class Target:
             value=value,
             solver=solver or self.solver,
             batch_size=self.batch_size,
+            pools=self.pools,
         )
+
+    def undefended(self) -> dict[str, Target]:
+        """The models of the same weights that the defense stands in front of, by name.
+
+        Those that the model itself offers through an optional method `undefended()`, which gives
+        names and modules (a purifier's classifier, a head without its stabilizer).
+        """
+        offered = getattr(self.model, "undefended", None)
+        modules: dict[str, nn.Module] = offered() if callable(offered) else {}
+        return {
+            name: Target(module, self.classes, batch_size=self.batch_size)
+            for name, module in modules.items()
+        }
 
     def dynamics(self, damping: float = 1.0, adjoint_damping: float = 1.0) -> Dynamics | None:
         """The joint iteration of state, adjoint and input; None where the model has none.
