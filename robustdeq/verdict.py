@@ -62,6 +62,10 @@ class Verdict:
         forward_nfe, backward_nfe: cell evaluations and vector-Jacobian products, in all (model
             calls and backward passes, for models that do not iterate).
         seconds: of computation, summed over chunks; `peak_memory_mib` is the largest of a stage.
+        track: "deterministic"; "randomized"; or "no_gradient", whose gradient does not exist: rows
+            are ranked among their like.
+        family, training_seed: rows of one family differ in the seed of their training alone.
+        credit: who submitted examples that lowered the row.
         status: "ok"; "failed" or "missing" (not computed yet), with the reason in `note`.
         samples: a row per input: index, label, clean, robust, broken_by.
         adversarials: float32 (n, channels, height, width): the example that first broke the
@@ -86,6 +90,9 @@ class Verdict:
     peak_memory_mib: float = 0.0
     weights_sha256: str = ""
     track: str = "deterministic"
+    family: str = ""
+    training_seed: int | None = None
+    credit: str = ""
     status: str = "ok"
     note: str = ""
     rank: int | None = None

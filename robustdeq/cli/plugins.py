@@ -1,0 +1,65 @@
+"""`robustdeq list`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from robustdeq.cli.console import APP, OUT
+from robustdeq.errors import unknown
+
+KINDS = ("defenses", "attacks", "recipes", "suites", "datasets")
+
+
+@APP.command("list")
+def list_(
+    kind: Annotated[str, typer.Argument(help="defenses, attacks, recipes, suites or datasets.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """List what is registered."""
+    from robustdeq.listing import listed
+
+    if kind not in KINDS:
+        raise unknown("kind", kind, KINDS)
+    rows = listed(kind)
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1, default=str))
+    else:
+        _print_listing(rows)
+    if any("error" in row for row in rows):
+        raise typer.Exit(1)
+
+
+def _print_listing(rows: list[dict[str, Any]]) -> None:
+    """A table; or, where rows have much to say, a paragraph each."""
+    from rich.table import Table
+
+    if any("link" in row for row in rows):
+        for row in rows:
+            _print_entry(row)
+        return
+
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*[escape(_cell(row.get(column, ""))) for column in columns])
+    OUT.print(table)
+
+
+def _print_entry(row: dict[str, Any]) -> None:
+    about = row.get("about") or row.get("error", "")
+    OUT.print(f"[bold]{escape(row['name'])}[/bold]  {escape(about)}", highlight=False)
+    origin = [row[key] for key in ("authors", "venue", "link", "from") if row.get(key)]
+    OUT.print(f"  {escape('; '.join(origin))}", highlight=False)
+    for key in ("claimed", "reproduced", "parameters"):
+        if row.get(key):
+            OUT.print(f"  [dim]{key}:[/dim] {escape(_cell(row[key]))}", highlight=False)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k}={v}" for k, v in value.items())
+    return str(value)

@@ -1,0 +1,130 @@
+"""`robustdeq run`, with its progress bar and its estimate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from robustdeq.cli.console import APP, ERR, OUT
+from robustdeq.errors import UsageError
+
+
+@APP.command()
+def run(
+    suite: Annotated[
+        str, typer.Argument(help="A suite's name, or the path of a TOML file.")
+    ] = "digits",
+    out: Annotated[Path, typer.Option(help="Folder for results; SUITE/ is made in it.")] = Path(
+        "out"
+    ),
+    battery: Annotated[
+        str | None, typer.Option(help="Attacks in place of the suite's own.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Test samples per row.")] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Rows in whose ID this regular expression is found.")
+    ] = None,
+    threat: Annotated[
+        str | None, typer.Option(help="In place of the suite's, as in Linf:0.1.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    batch_size: Annotated[int | None, typer.Option(help="Most rows in one forward pass.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes at a time; one per core.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Folder that is looked in first.")] = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Only say what it will cost.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Run a suite and write its leaderboard; what was computed before is not computed again."""
+    from robustdeq.evaluation.run import Options, run_suite
+    from robustdeq.suite import adjusted, find_suite
+
+    del debug
+    if workers is not None and workers < 1:
+        raise UsageError(f"--workers is {workers}; give at least 1.")
+    chosen = adjusted(find_suite(suite), samples, battery, only, threat)
+    if estimate:
+        _print_estimate(chosen, device, weights, workers)
+        return
+    options = Options(
+        out=out, device=device, batch_size=batch_size, workers=workers, weights=weights
+    )
+    try:
+        with _RunDisplay() as display:
+            verdicts = run_suite(chosen, options, display.tick)
+    except KeyboardInterrupt:
+        ERR.print("interrupted; finished stages are kept, the same command goes on from there.")
+        raise typer.Exit(130) from None
+    folder = out / chosen.name
+    OUT.print(f"\nwrote {escape(str(folder))}/table.md, table.csv, run.json and records/")
+    failed = [verdict for verdict in verdicts if verdict.status != "ok"]
+    if failed:
+        for verdict in failed:
+            ERR.print(escape(f"{verdict.id} ({verdict.threat}): {verdict.note}"), style="red")
+        raise typer.Exit(1)
+
+
+class _RunDisplay:
+    """A progress bar with finished rows above it; plain lines where there is no terminal."""
+
+    def __init__(self) -> None:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=OUT,
+            disable=not OUT.is_terminal,
+        )
+        self.task = self.progress.add_task("starting", total=None)
+
+    def __enter__(self) -> _RunDisplay:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def tick(self, tick: Any) -> None:
+        self.progress.update(
+            self.task, completed=tick.done, total=tick.total, description=escape(tick.label[:48])
+        )
+        if tick.verdict is not None:
+            self.progress.console.print(escape(str(tick.verdict)), highlight=False)
+
+
+def _print_estimate(suite: Any, device: str, weights: Path | None, workers: int | None) -> None:
+    from rich.table import Table
+
+    from robustdeq.evaluation.estimate import estimate_suite
+    from robustdeq.evaluation.local import default_workers
+    from robustdeq.evaluation.subject import pick_device
+
+    rows = estimate_suite(suite, device, weights)
+    table = Table("ID", "threat", "chunks", "forward, ms", "gradient, ms", "seconds", "note")
+    for row in rows:
+        table.add_row(
+            escape(row.id), row.threat, str(row.chunks), f"{row.forward_ms:.2f}",
+            f"{row.gradient_ms:.2f}", f"{row.seconds:.0f}", escape(row.note),
+        )  # fmt: skip
+    OUT.print(table)
+    count = workers or default_workers(pick_device(device))
+    total = sum(row.seconds for row in rows)
+    OUT.print(
+        f"about {total:.0f} s of computation if no sample falls; "
+        f"{total / count:.0f} s on {count} workers"
+    )
