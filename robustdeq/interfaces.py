@@ -89,7 +89,8 @@ class Attack(Protocol):
 
     It may also define `scope` (a `Scope`, by default the survivors), `left_out(classes)` (a tuple
     of sentences on what it cannot run with so few classes), `budget(classes)` (a `Budget`, for
-    `--estimate`) and `phase` (2 for an attack that wants what all rows' own attacks have found in
+    `--estimate`), `fits(target)` (whether it applies to a model; it is left out of rows where it
+    does not) and `phase` (2 for an attack that wants what all rows' own attacks have found in
     `target.pools`; by default 1).
     """
 

@@ -1,9 +1,10 @@
 """Records: what a run leaves behind, one Parquet file per stage of a chunk. Knows no torch.
 
-Three kinds. `clean`: the deployed predictor on the clean inputs. `attack`: the same inputs after
-one attack through one gradient. `checks`: measurements of the honesty checks. The first two hold a
-row per sample of the chunk, the third a row per check; what holds for the whole file is JSON in the
-Parquet metadata. Resume, tables and reports derive from these files alone.
+Four kinds. `clean`: the deployed predictor on the clean inputs. `attack`: the same inputs after
+one attack through one gradient. `checks`: measurements of the honesty checks. `curves`: sanity
+curves. The first two hold a row per sample of the chunk, the others a row per check and per point;
+what holds for the whole file is JSON in the Parquet metadata. Resume, tables and reports derive
+from these files alone.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from robustdeq.files import make_folder, write_atomically
 from robustdeq.keys import canonical_json, digest
 
 FORMAT = 1
-Kind = Literal["clean", "attack", "checks"]
+Kind = Literal["clean", "attack", "checks", "curves"]
 
 SAMPLE_SCHEMA = pa.schema(
     [
@@ -58,9 +59,20 @@ CHECK_SCHEMA = pa.schema(
         ("value", pa.float64()),
         ("threshold", pa.float64()),
         ("n", pa.int64()),
-        ("status", pa.string()),  # passed, failed or skipped
+        ("status", pa.string()),  # passed, failed, skipped, or info: measured, never a flag
+        ("reference", pa.string()),  # what the value is compared with, where the threshold is from
+        ("detail", pa.string()),  # what exactly was found, as an operation with file and line
     ]
 )
+CURVE_SCHEMA = pa.schema(
+    [
+        ("curve", pa.string()),  # epsilon, steps or unbounded
+        ("at", pa.float64()),  # the radius, or the number of steps
+        ("correct", pa.int64()),
+        ("n", pa.int64()),
+    ]
+)
+_SCHEMAS = {"checks": CHECK_SCHEMA, "curves": CURVE_SCHEMA}
 _TIMES = ["seconds"]
 
 
@@ -146,7 +158,13 @@ def sample_frame(columns: Mapping[str, Any], n: int) -> pd.DataFrame:
 
 def check_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """A frame of `CHECK_SCHEMA`."""
-    return _frame({n: [row[n] for row in rows] for n in CHECK_SCHEMA.names}, CHECK_SCHEMA)
+    columns = {n: [row.get(n, "") for row in rows] for n in CHECK_SCHEMA.names}
+    return _frame(columns, CHECK_SCHEMA)
+
+
+def curve_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """A frame of `CURVE_SCHEMA`."""
+    return _frame({n: [row[n] for row in rows] for n in CURVE_SCHEMA.names}, CURVE_SCHEMA)
 
 
 def _frame(columns: Mapping[str, Any], schema: pa.Schema) -> pd.DataFrame:
@@ -211,7 +229,7 @@ class Store:
     def write(self, record: Record) -> None:
         """Store a record atomically."""
         make_folder(self.folder)
-        schema = CHECK_SCHEMA if record.meta.kind == "checks" else SAMPLE_SCHEMA
+        schema = _SCHEMAS.get(record.meta.kind, SAMPLE_SCHEMA)
         table = pa.Table.from_pandas(record.rows, schema=schema, preserve_index=False)
         text = canonical_json(asdict(record.meta))
         seal = canonical_json({"meta": digest(text), **_column_digests(table)})

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from robustdeq.datasets import check_dataset
-from robustdeq.differentiation import parse_gradient
+from robustdeq.differentiation import expand_gradients, parse_gradient
 from robustdeq.errors import UsageError, unknown
 from robustdeq.registry import load, parameters_of
 from robustdeq.threats import Threat
@@ -91,6 +91,31 @@ class DefenseEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Curves:
+    """Sanity curves of each row, beside its verdict.
+
+    Attributes:
+        epsilons: accuracy at these multiples of the threat's radius.
+        steps: accuracy at the radius itself after so many steps of PGD.
+        unbounded: accuracy where the ball is the whole box.
+    """
+
+    epsilons: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+    steps: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100)
+    unbounded: bool = True
+
+    def __post_init__(self) -> None:
+        numbers = (*self.epsilons, *self.steps)
+        if not all(isinstance(n, int | float) and 0 <= n <= 1000 for n in numbers) or not all(
+            isinstance(n, int) and n >= 1 for n in self.steps
+        ):
+            raise UsageError(
+                "curves have epsilons that are multiples of the radius in [0, 1000] and steps that "
+                "are whole numbers in [1, 1000]; repair the suite's [curves]."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Suite:
     """A parsed suite; `folder` is where its file stands."""
 
@@ -103,6 +128,7 @@ class Suite:
     description: str = ""
     seed: int = 0
     chunk: int = 100
+    curves: Curves | None = None
     format: int = FORMAT
     folder: Path | None = None
 
@@ -191,12 +217,14 @@ def adjusted(
     battery_name: str | None,
     only: str | None = None,
     threat: str | None = None,
+    curves: bool = False,
 ) -> Suite:
     """The suite with the command line's samples, battery and choice of rows in place of its own.
 
     Args:
         only: a regular expression; rows in whose ID it is found stay.
         threat: in place of the suite's threats; rows that have their own stay if it is among them.
+        curves: sanity curves, also where the suite does not ask for them.
 
     Raises:
         UsageError: for a value that leaves nothing to do.
@@ -208,6 +236,8 @@ def adjusted(
     if battery_name is not None:
         battery(battery_name)
         suite = replace(suite, battery=battery_name, attacks=())
+    if curves and suite.curves is None:
+        suite = replace(suite, curves=Curves())
     if threat is not None:
         suite = _under(suite, str(Threat.parse(threat)))
     if only is not None:
@@ -269,7 +299,7 @@ def resolved(entry: AttackEntry) -> AttackEntry:
         UsageError: for an unknown attack, parameter or gradient.
     """
     plugin = load("attack", entry.attack, entry.parameters)
-    gradients = tuple(str(parse_gradient(text)) for text in entry.gradients)
+    gradients = tuple(str(parse_gradient(text)) for text in expand_gradients(entry.gradients))
     return replace(entry, parameters=parameters_of(plugin), gradients=gradients)
 
 
@@ -347,17 +377,17 @@ def _entry(cls: type[T], item: Any, where: str) -> T:
         raise UsageError(f"{where}: {missing} is missing.") from cause
 
 
-_PLAIN: dict[str, type] = {"str": str, "int": int}
+_PLAIN: dict[str, type] = {"str": str, "int": int, "bool": bool}
+_TABLES: dict[str, type] = {"training": Training, "curves": Curves}
 
 
 def _value(key: str, value: Any, kind: str, where: str) -> Any:
-    if key == "training":
-        return _entry(Training, value, f"{where}, training")
+    if key in _TABLES:
+        return _entry(_TABLES[key], value, f"{where}, {key}")
     wanted = _PLAIN.get(kind)
-    if wanted is not None and (not isinstance(value, wanted) or isinstance(value, bool)):
-        raise UsageError(
-            f"{where}: {key} is {value!r}; give {'text' if wanted is str else 'a whole number'}."
-        )
+    if wanted is not None and type(value) is not wanted:
+        words = {"str": "text", "int": "a whole number", "bool": "true or false"}
+        raise UsageError(f"{where}: {key} is {value!r}; give {words[kind]}.")
     if kind.startswith("tuple"):
         if not isinstance(value, Sequence) or isinstance(value, str):
             raise UsageError(f"{where}: {key} is {value!r}; give a list.")

@@ -18,8 +18,11 @@ from scipy.stats import binomtest
 
 from robustdeq.records import Record, broken
 
-BLACK_BOX_GAIN = 0.02
-"""Share of samples that only a black-box attack broke, from which gradients are doubted."""
+DOUBT_GAIN = 0.02
+"""Share of samples that other means broke, from which honest gradients are doubted,"""
+DOUBT_P_VALUE = 0.01
+"""if that is also beyond chance: one-sided exact McNemar test (0.5 to the power of the count, as no
+sample that honest gradients broke was left to the others)."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,8 @@ def judge_evidence(evidence: Evidence) -> Verdict:
         for label in dict.fromkeys(r.meta.label for r in _of(evidence, "attack"))
     }
     _add_costs(verdict, evidence.records)
+    verdict.family = case.get("family", "")
+    verdict.training_seed = case.get("training_seed")
     if any(r.meta.track == "randomized" for r in evidence.records):
         verdict.track = "randomized"
     gaps = _gaps(evidence)
@@ -155,10 +160,25 @@ def judge_evidence(evidence: Evidence) -> Verdict:
         if not gaps:
             _add_accuracies(verdict, attacks, evidence)
     verdict.flags = _flags(evidence, attacks, verdict)
+    if verdict.track == "deterministic" and _lacks_gradient(_joined(evidence, "checks")):
+        verdict.track = "no_gradient"
     if gaps:
         verdict.status = "failed" if evidence.failures or verdict.samples.size else "missing"
         verdict.note = "; ".join(dict.fromkeys(gaps))
     return verdict
+
+
+def curves_table(evidences: Sequence[Evidence]) -> pd.DataFrame:
+    """Sanity curves of rows: id, dataset, threat, curve, at, accuracy, n; summed over chunks."""
+    parts = []
+    for evidence in evidences:
+        rows = _joined(evidence, "curves")
+        if len(rows) and len(_of(evidence, "curves")) == evidence.chunks:
+            points = rows.groupby(["curve", "at"], as_index=False)[["correct", "n"]].sum()
+            row = {name: evidence.case[name] for name in ("id", "dataset", "threat")}
+            parts.append(points.assign(**row, accuracy=points["correct"] / points["n"]))
+    columns = ["id", "dataset", "threat", "curve", "at", "accuracy", "n"]
+    return pd.concat(parts)[columns] if parts else pd.DataFrame(columns=columns)
 
 
 def _of(evidence: Evidence, kind: str) -> list[Record]:
@@ -272,7 +292,7 @@ def _flags(
         if blank:
             flags.append(f"nonfinite_logits:{label}={blank}")
     if len(verdict.samples):
-        flags += _black_box_flag(evidence, verdict)
+        flags += _doubt_flags(evidence, verdict)
     return tuple(flags)
 
 
@@ -280,22 +300,50 @@ def _check_flags(checks: pd.DataFrame) -> Iterable[str]:
     if not len(checks):
         return []
     failed = checks[checks["status"] == "failed"]
+    return [_check_flag(name, value, detail) for name, value, detail in _facts(failed)]
+
+
+def _facts(checks: pd.DataFrame) -> Iterable[tuple[str, float, str]]:
+    return zip(checks["name"], checks["value"], checks["detail"].fillna(""), strict=True)
+
+
+def _check_flag(name: str, value: float, detail: str) -> str:
+    # Flags are joined by semicolons in table.csv.
+    return f"{name}={value:.3g}" + (f" ({detail.replace(';', ',')})" if detail else "")
+
+
+_EXISTENCE = ("gradient_missing", "zero_gradient", "nonfinite_gradient")
+
+
+def _lacks_gradient(checks: pd.DataFrame) -> bool:
+    """Whether the gradient that attacks need is not there: such rows have a track of their own."""
+    if not len(checks):
+        return False
+    failed = checks[checks["status"] == "failed"]
+    return bool(failed["name"].isin(_EXISTENCE).any())
+
+
+def _doubt_flags(evidence: Evidence, verdict: Verdict) -> list[str]:
+    """Whether anything broke what honest gradients did not: a symptom of masked gradients."""
+    stages = {r.meta.label: r.meta.stage for r in _of(evidence, "attack")}
+    counts = Counter(_means(stages, name) for name in verdict.samples["broken_by"].dropna())
     return [
-        f"{row.name_}={row.value:.3g}"
-        for row in failed.rename(columns={"name": "name_"}).itertuples()
+        f"{flag}={counts[means] / verdict.n:.3g}"
+        for means, flag in _DOUBTS.items()
+        if counts[means] >= DOUBT_GAIN * verdict.n and 0.5 ** counts[means] < DOUBT_P_VALUE
     ]
 
 
-def _black_box_flag(evidence: Evidence, verdict: Verdict) -> list[str]:
-    """Queries alone broke what gradients did not: a symptom of masked gradients."""
-    blind = {
-        r.meta.label
-        for r in _of(evidence, "attack")
-        if r.meta.stage.get("needs") in ("logits", "labels")
-    }
-    by = verdict.samples["broken_by"].dropna()
-    count = sum(name.split("/")[0] in blind or name.endswith("/square") for name in by)
-    share = count / verdict.n
-    return (
-        [f"black_box_beats_gradients={share:.3g}"] if count > 1 and share >= BLACK_BOX_GAIN else []
-    )
+_DOUBTS = {
+    "black_box": "black_box_beats_gradients",
+    "other_gradient": "other_gradients_beat_honest",
+}
+
+
+def _means(stages: dict[str, dict[str, Any]], name: str) -> str:
+    """By what means a sample was broken, from the name in `broken_by`; transfer is a black box."""
+    label, _, part = name.partition("/")
+    stage = stages.get(label, {})
+    if stage.get("needs") in ("logits", "labels") or part.startswith(("square", "transfer")):
+        return "black_box"
+    return "honest" if stage.get("gradient", "honest") == "honest" else "other_gradient"

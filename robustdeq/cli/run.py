@@ -30,6 +30,9 @@ def run(
     threat: Annotated[
         str | None, typer.Option(help="In place of the suite's, as in Linf:0.1.")
     ] = None,
+    curves: Annotated[
+        bool, typer.Option("--curves", help="Also accuracy against epsilon and steps: curves.csv.")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     batch_size: Annotated[int | None, typer.Option(help="Most rows in one forward pass.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes at a time; one per core.")] = None,
@@ -46,7 +49,7 @@ def run(
     del debug
     if workers is not None and workers < 1:
         raise UsageError(f"--workers is {workers}; give at least 1.")
-    chosen = adjusted(find_suite(suite), samples, battery, only, threat)
+    chosen = adjusted(find_suite(suite), samples, battery, only, threat, curves)
     if estimate:
         _print_estimate(chosen, device, weights, workers)
         return

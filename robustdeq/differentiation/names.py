@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from robustdeq.differentiation.module_gradient import ModuleGradient
@@ -37,6 +37,11 @@ def parse_gradient(text: str) -> Gradient:
     except (ValueError, TypeError):
         known = ", ".join(f"{n}({a})" if a else n for n, (a, _) in _KINDS.items())
         raise UsageError(f"gradient {text!r} does not parse; write one of {known}.") from None
+
+
+def expand_gradients(names: Sequence[str]) -> tuple[str, ...]:
+    """Names of gradients, with named sets replaced by their members."""
+    return tuple(names)
 
 
 def _argument(text: str) -> Any:

@@ -19,14 +19,26 @@ from robustdeq.differentiation import ModuleGradient, parse_gradient
 from robustdeq.equilibrium import EquilibriumClassifier, metered
 from robustdeq.errors import CaseError, RobustDEQError, sentence
 from robustdeq.evaluation.checks import check, is_randomized, run_checks
+from robustdeq.evaluation.curves import curve_rows
 from robustdeq.evaluation.judge import Judge, Judgment
+from robustdeq.evaluation.pools import RowPool
 from robustdeq.evaluation.provenance import core_digest, environment
-from robustdeq.evaluation.stages import CHECKS, CLEAN, Stage
+from robustdeq.evaluation.stages import CHECKS, CLEAN, Stage, curves_stage
 from robustdeq.interfaces import Candidates, Scope, option
 from robustdeq.keys import digest
 from robustdeq.randomness import SampleRandom
-from robustdeq.records import FORMAT, Record, RecordMeta, Status, broken, check_frame, sample_frame
+from robustdeq.records import (
+    FORMAT,
+    Record,
+    RecordMeta,
+    Status,
+    broken,
+    check_frame,
+    curve_frame,
+    sample_frame,
+)
 from robustdeq.shapes import Images, Labels
+from robustdeq.suite import Curves
 from robustdeq.targets import Target
 from robustdeq.threats import Threat, Violation
 
@@ -103,31 +115,52 @@ class Event:
 
 @dataclass(eq=False)
 class Chain:
-    """The stages of one chunk, in order."""
+    """The stages of one chunk, in order.
+
+    Attributes:
+        pools: what other rows found for these samples, once all have been through phase 1.
+    """
 
     subject: Subject
     chunk: Chunk
     attacks: Sequence[Stage]
     shelf: Shelf
+    pools: Sequence[RowPool] = ()
+    curves: Curves | None = None
     records: list[Record] = field(default_factory=list)
 
-    def run(self) -> Iterator[Event]:
+    def run(self, phase: int = 1) -> Iterator[Event]:
         """Compute what the shelf does not hold; a failing attack does not stop the others.
+
+        Args:
+            phase: 2 takes the records of phase 1 from the shelf, silently, and goes on from there.
 
         Raises:
             CaseError: if the clean predictions cannot be had.
         """
-        yield from self._stage(CLEAN, fatal=True)
-        track = self.records[0].meta.track
-        if self.chunk.number == 0:
+        first = self._stage(CLEAN, fatal=True)
+        yield from first if phase == 1 else _silent(first)
+        planned = self.planned(self.records[0].meta.track)
+        if phase == 1 and self.chunk.number == 0:
             yield from self._stage(CHECKS)
-        for stage in self.planned(track):
-            yield from self._stage(stage)
+        for stage in planned:
+            if stage.phase == phase:
+                yield from self._stage(stage)
+            elif stage.phase < phase:
+                self._recall(stage)
+        if phase == 1 and self.curves is not None:
+            yield from self._stage(curves_stage(self.curves))
 
     def planned(self, track: str) -> list[Stage]:
         """The attacks that apply to the model."""
-        iterates = isinstance(self.subject.model, EquilibriumClassifier)
-        return [stage for stage in self.attacks if stage.fits(track, iterates)]
+        target = Target(self.subject.model, self.subject.classes)
+        return [stage for stage in self.attacks if stage.fits(track, target)]
+
+    def _recall(self, stage: Stage) -> None:
+        """Take a stage's record from the shelf; one that failed has left none."""
+        held = self.shelf.read(self._key(stage, self._consumed(stage)))
+        if held is not None:
+            self.records.append(held)
 
     def _stage(self, stage: Stage, fatal: bool = False) -> Iterator[Event]:
         consumed = self._consumed(stage)
@@ -155,10 +188,11 @@ class Chain:
         """Digests of the records that decide what the stage is given."""
         if stage.kind != "attack":
             return ()
-        wanted = [r for r in self.records if r.meta.kind != "checks"]
+        wanted = [r for r in self.records if r.meta.kind in ("clean", "attack")]
         if stage.scope is Scope.CHUNK:
             wanted = wanted[:1]
-        return tuple(r.content_digest for r in wanted)
+        others = [pool.content_digest for pool in self.pools] if stage.phase > 1 else []
+        return (*(r.content_digest for r in wanted), *others)
 
     def _key(self, stage: Stage, consumed: tuple[str, ...]) -> str:
         return digest(
@@ -185,6 +219,12 @@ class Chain:
         return [int(row) for row in np.flatnonzero(alive)]
 
 
+def _silent(events: Iterator[Event]) -> Iterator[Event]:
+    for _ in events:
+        pass
+    return iter(())
+
+
 def _environment(subject: Subject) -> dict[str, Any]:
     dtype = next((p.dtype for p in subject.model.parameters()), torch.float32)
     return environment(subject.device, dtype)
@@ -196,6 +236,7 @@ def _computed(chain: Chain, stage: Stage, key: str, consumed: tuple[str, ...]) -
         "clean": _clean,
         "checks": _checks,
         "attack": _attack,
+        "curves": _curves,
     }
     subject = chain.subject
     _reset_peak(subject.device)
@@ -272,6 +313,23 @@ def _checks(chain: Chain, stage: Stage) -> _Result:
     return _Result(check_frame(rows))
 
 
+def _curves(chain: Chain, stage: Stage) -> _Result:
+    subject, chunk = chain.subject, chain.chunk
+    target = Target(subject.model, subject.classes, batch_size=subject.batch_size)
+    judge = _judge(subject, chain.records[0].meta.track == "randomized")
+    assert stage.curves is not None
+    rows = curve_rows(
+        stage.curves,
+        target,
+        chunk.x,
+        chunk.y,
+        subject.threat,
+        SampleRandom(subject.seed, stage.label, chunk.indices),
+        lambda x: judge(x, chunk.y, chunk.indices).correct,
+    )
+    return _Result(curve_frame(rows))
+
+
 def _attack(chain: Chain, stage: Stage) -> _Result:
     subject, chunk = chain.subject, chain.chunk
     assert stage.plugin is not None
@@ -279,7 +337,7 @@ def _attack(chain: Chain, stage: Stage) -> _Result:
     x_adv = chunk.x.clone()
     made_by = [""] * len(chunk.y)
     if rows:
-        found = _candidates(subject, stage, chunk, rows)
+        found = _candidates(chain, stage, rows)
         x_adv[rows] = found.x.to(x_adv)
         for row, name in zip(rows, found.made_by, strict=True):
             made_by[row] = name
@@ -288,14 +346,17 @@ def _attack(chain: Chain, stage: Stage) -> _Result:
     return _Result(_with_adjoint(chain, stage, rows, x_adv, frame), notes=tuple(notes))
 
 
-def _candidates(subject: Subject, stage: Stage, chunk: Chunk, rows: list[int]) -> Candidates:
+def _candidates(chain: Chain, stage: Stage, rows: list[int]) -> Candidates:
     """What the attack returns for some rows of the chunk, checked for its form only."""
     assert stage.plugin is not None
-    target = Target(subject.model, subject.classes, batch_size=subject.batch_size)
+    subject, chunk = chain.subject, chain.chunk
+    indices = [chunk.indices[row] for row in rows]
+    pools = [pool.pool(chunk.x[rows], indices) for pool in chain.pools]
+    target = Target(subject.model, subject.classes, batch_size=subject.batch_size, pools=pools)
     gradient = parse_gradient(stage.gradient)
     if stage.gradient != "honest":
         target = target.through(gradient, "surrogate" if stage.value == "surrogate" else "deployed")
-    rng = SampleRandom(subject.seed, stage.label, [chunk.indices[row] for row in rows])
+    rng = SampleRandom(subject.seed, stage.label, indices)
     x, y = chunk.x[rows], chunk.y[rows]
     # Copies, so that an attack that writes into its arguments cannot move the clean inputs.
     found = stage.plugin.run(target, x.clone(), y.clone(), subject.threat, rng)

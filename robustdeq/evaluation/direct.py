@@ -80,7 +80,8 @@ def evaluate(
         raise UsageError(f"chunk={chunk} and batch_size={batch_size} must be at least 1.")
     if not isinstance(model, nn.Module):
         raise UsageError(f"model is a {type(model).__name__}; give a torch.nn.Module.")
-    stages = _stages(battery, attacks)
+    # A model alone has no other rows to take examples from.
+    stages = tuple(stage for stage in _stages(battery, attacks) if stage.phase == 1)
     where = _device(model, device)
     images, labels = _checked_inputs(x, y, where)
     subject = _subject(model, images, labels, threat, seed, chunk, batch_size, where, name)

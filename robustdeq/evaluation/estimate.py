@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from robustdeq.datasets import load_slice
-from robustdeq.equilibrium import EquilibriumClassifier
 from robustdeq.errors import RobustDEQError, sentence
 from robustdeq.evaluation.chain import Subject
 from robustdeq.evaluation.stages import Stage, attack_stages
@@ -71,9 +70,9 @@ def _estimate(suite: Suite, case: Case, device: torch.device, weights: Path | No
     except RobustDEQError as cause:
         return Estimate(case.entry.id, str(case.threat), chunks, 0.0, 0.0, 0.0, sentence(cause))
     seconds = 0.0
-    iterates = isinstance(subject.model, EquilibriumClassifier)
+    target = Target(subject.model, subject.classes)
     for stage in attack_stages(attacks_of(suite)):
-        if stage.fits("deterministic", iterates):
+        if stage.fits("deterministic", target):
             budget = _budget(stage, subject.classes)
             seconds += budget.forward * forward + budget.backward * max(gradient - forward, 0.0)
     return Estimate(

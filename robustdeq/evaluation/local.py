@@ -21,18 +21,24 @@ import torch
 from robustdeq.datasets import Slice, SliceIdentity
 from robustdeq.errors import CaseError, RobustDEQError, sentence
 from robustdeq.evaluation.chain import Chain, Event
+from robustdeq.evaluation.pools import row_pool
 from robustdeq.evaluation.stages import attack_stages
 from robustdeq.evaluation.subject import Source, build_subject, chunk_of
 from robustdeq.records import Record, Store
 from robustdeq.registry import Kind, registered
-from robustdeq.suite import AttackEntry, Case
+from robustdeq.suite import AttackEntry, Case, Curves
 
 _SAFE_PATH = "PYTHONSAFEPATH"
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """One chunk of one case: all that a worker needs, and it can be pickled."""
+    """One chunk of one case: all that a worker needs, and it can be pickled.
+
+    Attributes:
+        phase: 1, or 2 once all rows have been through phase 1.
+        others: for phase 2, the other rows' IDs with the keys of their records of this chunk.
+    """
 
     row: int
     number: int
@@ -45,6 +51,9 @@ class Task:
     device: str
     batch_size: int | None
     read_only: bool = False
+    phase: int = 1
+    others: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    curves: Curves | None = None
 
 
 @dataclass(frozen=True)
@@ -228,9 +237,10 @@ def _events(task: Task) -> Iterator[Event | Plan]:
     subject = build_subject(task.case, task.identity, task.source, device, task.batch_size)
     chunk = chunk_of(task.samples, task.number, device)
     shelf = (_ReadOnly if task.read_only else Store)(task.records)
-    chain = Chain(subject, chunk, attack_stages(task.attacks), shelf)
-    planned = False
-    for event in chain.run():
+    pools = [row_pool(name, keys, shelf.read) for name, keys in task.others]
+    chain = Chain(subject, chunk, attack_stages(task.attacks), shelf, pools, task.curves)
+    planned = task.phase > 1  # what is planned was said in phase 1
+    for event in chain.run(task.phase):
         yield event
         if chain.records and not planned:
             planned = True

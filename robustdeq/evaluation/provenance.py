@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
 import platform
@@ -16,7 +17,9 @@ import robustdeq
 
 _LIBRARIES = ("torch", "numpy", "pyautoattack", "autoattack")
 # The parts of the core whose source decides a figure; the command line and the reports do not.
-_DECISIVE = ("threats.py", "randomness.py", "targets.py", "equilibrium", "evaluation")
+_DECISIVE = (
+    "threats.py", "randomness.py", "targets.py", "equilibrium", "differentiation", "evaluation",
+)  # fmt: skip
 
 
 def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -69,10 +72,10 @@ def _parts_digest(parts: tuple[str, ...]) -> str:
 
 
 def source_digest(plugin: Any) -> str:
-    """SHA-256 over a plugin's source: its file and the Python files beside it that it may import.
+    """SHA-256 over a plugin's source: its file and the Python files beside it that it imports.
 
-    A single module counts alone; a module of a package with the package's private modules for our
-    own plugins (`_cells.py`), with the whole package for others'. Empty where there is no source.
+    A single module counts alone; a module of a package with what it imports of that package for our
+    own plugins, with the whole package for others'. Empty where there is no source.
     """
     try:
         file = Path(inspect.getfile(type(plugin)))
@@ -86,10 +89,24 @@ def _plugin_digest(file: Path, module: str) -> str:
     if not file.is_file():
         return ""
     if module.startswith("robustdeq."):
-        return _digest([file, *sorted(file.parent.glob("_[!_]*.py"))], file.parent)
+        return _digest(sorted(_imported_beside(file, set())), file.parent)
     if "." in module:
         return _digest(_python_files(file.parent), file.parent)
     return _digest([file], file.parent)
+
+
+def _imported_beside(file: Path, found: set[Path]) -> set[Path]:
+    """A file and all modules of its folder that it imports, directly or not."""
+    found.add(file)
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            beside = file.parent / f"{name.rpartition('.')[2]}.py"
+            if name.startswith("robustdeq.") and beside.is_file() and beside not in found:
+                _imported_beside(beside, found)
+    return found
 
 
 def _python_files(path: Path) -> list[Path]:

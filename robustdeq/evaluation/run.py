@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from robustdeq.datasets import Slice, load_slice
 from robustdeq.errors import UsageError
 from robustdeq.evaluation.local import Message, Plan, Task, default_workers, run_tasks
 from robustdeq.evaluation.provenance import core_digest, environment, machine
+from robustdeq.evaluation.stages import attack_stages
 from robustdeq.evaluation.subject import (
     chunk_count,
     chunk_slice,
@@ -28,7 +29,8 @@ from robustdeq.keys import canonical, digest
 from robustdeq.records import Record, Store
 from robustdeq.report import write_tables
 from robustdeq.suite import Case, Suite, as_data, attacks_of, expand
-from robustdeq.verdict import Evidence, Failure, Verdict, judge_evidence
+from robustdeq.tables import to_csv
+from robustdeq.verdict import Evidence, Failure, Verdict, curves_table, judge_evidence
 
 FORMAT = 1
 
@@ -126,6 +128,7 @@ class _Running:
     ) -> None:
         self.suite, self.options, self.device, self.folder = suite, options, device, folder
         self.attacks = attacks_of(suite)
+        self.late = {stage.label for stage in attack_stages(self.attacks) if stage.phase > 1}
         slices: dict[str, Slice] = {}
         for dataset in suite.datasets:
             slices[dataset.name] = load_slice(dataset.name, "test", dataset.samples or None)
@@ -136,7 +139,8 @@ class _Running:
         self.tick, self.done = tick, 0
         self.verdicts: list[Verdict] = []
         # Until a chunk has said which stages apply to it, all are counted.
-        per_chunk = 2 + sum(len(entry.gradients) for entry in self.attacks)
+        self.extra = 1 + (self.suite.curves is not None)
+        per_chunk = 1 + self.extra + sum(len(entry.gradients) for entry in self.attacks)
         self.totals = {
             (r, c): per_chunk for r, row in enumerate(self.rows) for c in range(row.chunks)
         }
@@ -144,15 +148,44 @@ class _Running:
     def _row(self, case: Case) -> _Row:
         n = len(self.slices[case.dataset.name])
         chunks = chunk_count(n, case.chunk)
-        return _Row(case, n, chunks, described_case(case, n), open=chunks)
+        # Where a second phase follows, no row is closed before that has begun.
+        held = chunks + bool(self.late)
+        return _Row(case, n, chunks, described_case(case, n), open=held)
 
     def go(self) -> None:
         workers = self.options.workers or default_workers(self.device)
         try:
             for message in run_tasks(self._tasks(), workers, self._planned):
                 self._take(message)
+            for message in run_tasks(self._second_phase(), workers, self._planned):
+                self._take(message)
         finally:
             self._publish()
+
+    def _second_phase(self) -> list[Task]:
+        """Tasks of the attacks that consume what the other rows of their group have found."""
+        if not self.late:
+            return []
+        tasks = [
+            replace(task, phase=2, others=self._others(task))
+            for task in self._tasks()
+            if self.late & set(self.rows[task.row].expected.get(task.number, ()))
+        ]
+        for index, row in enumerate(self.rows):
+            row.open += sum(task.row == index for task in tasks) - 1
+            if row.open == 0:
+                self._close(row)
+        return tasks
+
+    def _others(self, task: Task) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        own = self.rows[task.row].case
+        return tuple(
+            (row.case.entry.id, tuple(row.keys.get(task.number, ())))
+            for index, row in enumerate(self.rows)
+            if index != task.row
+            and (row.case.dataset, row.case.threat) == (own.dataset, own.threat)
+            and row.case.chunk == own.chunk
+        )
 
     def _tasks(self) -> list[Task]:
         source = weights_source(self.suite, self.options.weights)
@@ -169,6 +202,7 @@ class _Running:
                 records=self.store.folder,
                 device=str(self.device),
                 batch_size=self.options.batch_size,
+                curves=self.suite.curves,
             )
             for index, row in enumerate(self.rows)
             for number in range(row.chunks)
@@ -178,7 +212,7 @@ class _Running:
         row = self.rows[task.row]
         row.described = dict(plan.case)
         row.expected[task.number] = plan.labels
-        self.totals[task.row, task.number] = len(plan.labels) + (2 if task.number == 0 else 1)
+        self.totals[task.row, task.number] = len(plan.labels) + self.extra + (task.number == 0)
 
     def _take(self, message: Message) -> None:
         row, event = self.rows[message.task.row], message.event
@@ -188,14 +222,20 @@ class _Running:
         elif event.kind == "failed":
             row.failures.append(Failure(event.label, message.task.number, event.reason))
             self.done += 1
-        verdict = None
         if event.kind == "finished" or (event.kind == "failed" and self._closes(message)):
             row.open -= 1
             if row.open == 0:
-                verdict = row.judged(self.store.summary)
-                self._publish()
+                self._close(row)
+        self._tell(f"{row.case.entry.id} {event.label}".strip())
+
+    def _close(self, row: _Row) -> None:
+        verdict = row.judged(self.store.summary)
+        self._publish()
+        self._tell(row.case.entry.id, verdict)
+
+    def _tell(self, label: str, verdict: Verdict | None = None) -> None:
         total = max(sum(self.totals.values()), self.done)
-        self.tick(Tick(self.done, total, f"{row.case.entry.id} {event.label}".strip(), verdict))
+        self.tick(Tick(self.done, total, label, verdict))
 
     def _closes(self, message: Message) -> bool:
         """Whether a failure ended its task: it has no stage, or its process died in that stage."""
@@ -205,6 +245,13 @@ class _Running:
         self.verdicts = [row.judged(self.store.summary) for row in self.rows]
         write_atomically(self.folder / "run.json", self._provenance().encode())
         write_tables(self.folder, self.suite.name, self.verdicts)
+        self._publish_curves()
+
+    def _publish_curves(self) -> None:
+        evidences = [row.evidence(self.store.summary) for row in self.rows]
+        table = curves_table(evidences)
+        if len(table):
+            write_atomically(self.folder / "curves.csv", to_csv(table).encode())
 
     def _provenance(self) -> str:
         """`run.json`: what was run, where, and which records make up each row."""

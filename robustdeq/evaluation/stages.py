@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from robustdeq.differentiation import parse_gradient
@@ -13,7 +14,8 @@ from robustdeq.interfaces import Attack, Scope, option
 from robustdeq.keys import canonical
 from robustdeq.records import Kind
 from robustdeq.registry import load, parameters_of
-from robustdeq.suite import AttackEntry
+from robustdeq.suite import AttackEntry, Curves
+from robustdeq.targets import Target
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,20 +35,34 @@ class Stage:
     value: str = "deployed"
     track: str = "any"
     spec: dict[str, Any] = field(default_factory=dict)
+    curves: Curves | None = None
 
     @property
     def scope(self) -> Scope:
         """Which samples it is given."""
         return Scope(option(self.plugin, "scope", Scope.SURVIVORS))
 
-    def fits(self, track: str, iterates: bool) -> bool:
+    @property
+    def phase(self) -> int:
+        """1: on its own; 2: after the first phase of all rows, whose examples it is given."""
+        return int(option(self.plugin, "phase", 1))
+
+    def fits(self, track: str, target: Target) -> bool:
         """Whether the stage applies to such a model."""
         of_solves = isinstance(parse_gradient(self.gradient), SolveGradient)
-        return self.track in ("any", track) and (iterates or not of_solves)
+        if self.track not in ("any", track) or (of_solves and not target.iterates):
+            return False
+        wanted: Callable[[Target], bool] = option(self.plugin, "fits", lambda target: True)
+        return wanted(target)
 
 
 CLEAN = Stage("clean", "clean")
 CHECKS = Stage("checks", "checks")
+
+
+def curves_stage(curves: Curves) -> Stage:
+    """The stage that measures sanity curves."""
+    return Stage("curves", "curves", spec=canonical(asdict(curves)), curves=curves)
 
 
 def attack_stages(entries: tuple[AttackEntry, ...]) -> tuple[Stage, ...]:

@@ -111,6 +111,7 @@ def build_subject(
         "threat": str(case.threat),
         "seed": case.seed,
         "chunk": case.chunk,
+        **_siblings(case),
     }
     if not complete:
         described["training"] = INCOMPLETE
@@ -147,6 +148,20 @@ def _expected(case: Case) -> dict[str, Any]:
             "augmentation": entry.training.augmentation,
         }
     return canonical(expected)  # type: ignore[no-any-return]
+
+
+def _siblings(case: Case) -> dict[str, Any]:
+    """What rows have in common that differ in the seed of their training alone, and that seed."""
+    entry = case.entry
+    if entry.training is None:
+        return {}
+    told = _expected(case)
+    told.pop("seed")
+    own = canonical(parameters_of(load("defense", entry.defense, entry.parameters)))
+    return {
+        "family": digest([told, own, case.dataset.name])[:12],
+        "training_seed": entry.training.seed,
+    }
 
 
 def _resolved(info: WeightsInfo) -> WeightsInfo:
