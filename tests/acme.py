@@ -32,6 +32,8 @@ class Net(nn.Module):
     def forward(self, x):
         if self.trick == "die":
             os._exit(7)
+        if self.trick == "detach":
+            x = x.detach()
         logits = (x.flatten(1) - 0.5) @ self.weight.T
         if self.trick == "nan":
             logits = logits * float("nan")
@@ -64,6 +66,31 @@ class Cheat:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Borrow:
+    """What the first other row has found."""
+
+    needs: ClassVar[Access] = Access.LOGITS
+    phase: ClassVar[int] = 2
+
+    def run(self, target, x, y, threat, rng):
+        assert [pool.name for pool in target.pools] == sorted(p.name for p in target.pools)
+        for pool in target.pools:
+            x = torch.where(pool.available.view(-1, 1, 1, 1), pool.x, x)
+        return x
+
+
+@dataclass(frozen=True, kw_only=True)
+class Never:
+    needs: ClassVar[Access] = Access.LABELS
+
+    def fits(self, target):
+        return False
+
+    def run(self, target, x, y, threat, rng):
+        raise AssertionError
+
+
+@dataclass(frozen=True, kw_only=True)
 class Crash:
     needs: ClassVar[Access] = Access.LABELS
     scope: ClassVar[Scope] = Scope.CHUNK
@@ -79,6 +106,8 @@ ENTRY_POINTS = """[robustdeq.defenses]
 acme = acme_plugins:Defense
 broken = acme_missing_module:Defense
 [robustdeq.attacks]
+borrow = acme_plugins:Borrow
+never = acme_plugins:Never
 cheat = acme_plugins:Cheat
 crash = acme_plugins:Crash
 """
