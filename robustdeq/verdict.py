@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import pandas as pd
-from scipy.stats import binomtest
 
 from robustdeq.records import Record, broken
+from robustdeq.statistics import wilson
 
 DOUBT_GAIN = 0.02
 """Share of samples that other means broke, from which honest gradients are doubted,"""
@@ -69,6 +69,7 @@ class Verdict:
             are ranked among their like.
         family, training_seed: rows of one family differ in the seed of their training alone.
         credit: who submitted examples that lowered the row.
+        rank, seeds: filled in a table alone.
         status: "ok"; "failed" or "missing" (not computed yet), with the reason in `note`.
         samples: a row per input: index, label, clean, robust, broken_by.
         adversarials: float32 (n, channels, height, width): the example that first broke the
@@ -99,6 +100,7 @@ class Verdict:
     status: str = "ok"
     note: str = ""
     rank: int | None = None
+    seeds: str = ""
     samples: pd.DataFrame = field(default_factory=pd.DataFrame, repr=False)
     adversarials: Any = field(default=None, repr=False)
 
@@ -244,8 +246,7 @@ def _unresolved(attacks: dict[str, pd.DataFrame], samples: pd.DataFrame) -> Coun
 def _add_accuracies(verdict: Verdict, attacks: dict[str, pd.DataFrame], evidence: Evidence) -> None:
     robust = int(verdict.samples["robust"].sum())
     verdict.robust_acc = robust / verdict.n
-    interval = binomtest(robust, verdict.n).proportion_ci(0.95, method="wilson")
-    verdict.robust_low, verdict.robust_high = float(interval.low), float(interval.high)
+    verdict.robust_low, verdict.robust_high = wilson(robust, verdict.n)
     wanted = "rand" if verdict.track == "randomized" else "standard"
     for label in _autoattack_labels(evidence, wanted):
         rows = attacks[label]

@@ -174,45 +174,153 @@ def test_non_finite_examples_on_survivors_leave_no_robust_accuracy() -> None:
 def test_flags_name_their_numbers() -> None:
     checks = check_frame(
         [
-            {"name": "zero_gradient", "value": 0.5, "threshold": 0.05, "n": 4, "status": "failed"},
+            {
+                "name": "zero_gradient",
+                "value": 0.5,
+                "threshold": 0.05,
+                "n": 4,
+                "status": "failed",
+                "detail": "detach at model.py:3; round at model.py:5",
+            },
             {"name": "fine", "value": 0.0, "threshold": 0.05, "n": 4, "status": "passed"},
         ]
     )
     held = Record(replace(record().meta, kind="checks", key="x"), checks)
     nan = attack("pgd", [True, True, False, None], adversarial_prediction=[3, 1, -1, None])
-    square = attack("square", [False, False, True, None])
-    flags = verdict(record(), held, nan, square).flags
-    assert "zero_gradient=0.5" in flags
-    assert "nonfinite_logits:pgd=1" in flags
-    assert "black_box_beats_gradients=0.5" in flags
-    assert len(flags) == 3
+    flags = verdict(record(), held, nan).flags
+    assert flags == ("zero_gradient=0.5 (detach at model.py:3, round at model.py:5)",
+                     "nonfinite_logits:pgd=1")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("needs", "gradient", "part", "flag"),
+    [
+        ("logits", "honest", "", "black_box_beats_gradients"),
+        ("gradients", "honest", "square", "black_box_beats_gradients"),
+        ("gradients", "straight_through", "", "other_gradients_beat_honest"),
+        ("gradients", "honest", "apgd-t", None),
+    ],
+)
+@pytest.mark.parametrize(
+    ("count", "n", "doubted"), [(7, 100, True), (6, 100, False), (7, 400, False)]
+)
+def test_honest_gradients_are_doubted_beyond_chance_alone(
+    needs: str, gradient: str, part: str, flag: str | None, count: int, n: int, doubted: bool
+) -> None:
+    """At 2 points and p < 0.01 of the exact one-sided test: 0.5 ** 7 is, 0.5 ** 6 is not."""
+    rows = [False] * count + [True] * (n - count)
+    columns = {
+        "index": list(range(n)), "label": [0] * n, "clean_prediction": [0] * n,
+        "clean_correct": [True] * n, "status": [Status.OK] * n,
+        "adversarial_prediction": [0 if right else 1 for right in rows],
+        "adversarial_correct": rows, "made_by": [part] * n,
+    }  # fmt: skip
+    clean = {**columns, "status": [Status.CLEAN] * n}
+    meta = replace(record().meta, case={**record().meta.case, "n": n})
+    stage = {"attack": "a", "needs": needs, "gradient": gradient, "parameters": {}}
+    found = verdict(
+        Record(meta, sample_frame(clean, n)),
+        Record(replace(meta, kind="attack", label="a", stage=stage), sample_frame(columns, n)),
+        labels=("a",), case=meta.case,
+    )  # fmt: skip
+    expected = (f"{flag}={count / n:.3g}",) if flag and doubted else ()
+    assert found.flags == expected
 
 
 def row(name: str, robust: float | None, **more: object) -> Verdict:
-    out = Verdict(name, "deq", "digits", "Linf:0.1", 10, clean_acc=0.9, robust_acc=robust)
+    """A row on 50 samples, of which the first are robust, so that rows are nested."""
+    out = Verdict(name, "deq", "digits", "Linf:0.1", 50, clean_acc=0.98, robust_acc=robust)
     if robust is None:
         out.status, out.note = "failed", "because"
+    else:
+        held = {"index": range(50), "label": [0] * 50, "robust": np.arange(50) < 50 * robust}
+        out.samples = pd.DataFrame(held)
     for key, value in more.items():
         setattr(out, key, value)
     return out
+
+
+def elsewhere(name: str, robust: float, first: int = 50) -> Verdict:
+    out = row(name, robust)
+    out.samples["index"] += first
+    return out
+
+
+def ranked(*verdicts: Verdict) -> dict[str, object]:
+    table = tabulate(verdicts)
+    return dict(zip(table["id"], table["rank"].astype(object), strict=True))
 
 
 def test_ranks_are_shared_by_ties_and_withheld_from_failures() -> None:
     table = tabulate(
         [
             row("C", 0.4),
-            row("A", 0.5),
+            row("A", 0.8),
             row("F", None),
-            row("B", 0.5),
+            row("B", 0.82),
             row("V", 0.9, flags=("outside_ball:pgd=3",)),
+            row("I", 0.9, flags=("incomplete_training",)),
+            row("E", 0.9, samples=pd.DataFrame()),
             row("R", 0.1, track="randomized"),
+            row("N", 0.94, track="no_gradient"),
         ]
     )
     assert list(table.columns) == list(COLUMNS)
     assert dict(zip(table["id"], table["rank"].astype(object), strict=True)) | {} == {
-        "A": 1, "B": 1, "C": 3, "F": pd.NA, "V": pd.NA, "R": 1,
+        "B": 1, "A": 1, "C": 3, "E": pd.NA, "I": pd.NA, "V": pd.NA, "F": pd.NA, "R": 1, "N": 1,
     }  # fmt: skip
-    assert table["id"].tolist() == ["A", "B", "C", "F", "V", "R"]
+    assert table["id"].tolist() == ["B", "A", "C", "E", "I", "V", "F", "R", "N"]
+    assert not table["note"].tolist()[0]
+
+
+def test_rows_are_paired_on_the_index_and_not_on_their_order() -> None:
+    held = row("A", 0.4)
+    held.samples = held.samples.sample(frac=1, random_state=0)
+    # Nested, and so told apart; read in the shuffled order the two would differ by chance.
+    assert ranked(held, row("B", 0.56)) == {"B": 1, "A": 2}
+
+
+def test_rows_on_other_samples_are_ranked_among_their_like() -> None:
+    table = tabulate([row("A", 0.8), row("B", 0.4), elsewhere("C", 0.6), elsewhere("D", 0.2)])
+    assert dict(zip(table["id"], table["rank"], strict=True)) == {"A": 1, "C": 1, "B": 2, "D": 2}
+    three = [row("A", 0.8), row("B", 0.4), elsewhere("C", 0.6)]
+    for verdicts in (three, three[::-1]):
+        notes = tabulate(verdicts).set_index("id")["note"]
+        assert notes[["A", "B"]].tolist() == ["", ""]
+        assert "other samples" in notes["C"]
+        assert "other samples" in to_markdown(tabulate(verdicts), "t").split("\n- ")[0]
+    relabeled = row("C", 0.2)
+    relabeled.samples["label"] = 7
+    assert ranked(row("A", 0.8), relabeled) == {"A": 1, "C": 1}
+
+
+def seeded(name: str, robust: float | None, seed: int | None, **more: object) -> Verdict:
+    return row(name, robust, family="F", training_seed=seed, **more)
+
+
+def test_seeds_of_a_family_are_spread_in_each_of_its_rows() -> None:
+    rows = [seeded(f"F{k}", value, k) for k, value in enumerate((0.48, 0.5, 0.52))]
+    others = [
+        seeded("P", 0.9, None),
+        seeded("Q", 0.9, 9, threat="L2:1"),
+        row("S", 0.9, training_seed=3),
+    ]
+    table = tabulate([*rows, *others]).set_index("id")["seeds"]
+    assert table[["F0", "F1", "F2"]].tolist() == ["3: 50.00 +- 2.00, 48.00 to 52.00"] * 3
+    assert table[["P", "Q", "S"]].tolist() == [""] * 3
+
+
+def test_seeds_without_a_figure_are_counted_and_not_averaged() -> None:
+    two = [seeded("F0", 0.48, 0), seeded("F1", 0.52, 1)]
+    lost = [
+        seeded("F2", None, 2),
+        seeded("F2", 0.9, 2, track="no_gradient"),
+        seeded("F2", 0.9, 2, flags=("outside_ball:pgd=3",)),
+    ]
+    for third in lost:
+        table = tabulate([*two, third]).set_index("id")["seeds"]
+        assert table["F0"] == table["F1"] == "2 of 3: 50.00 +- 2.83, 48.00 to 52.00"
+    assert tabulate([two[0], lost[0]])["seeds"].tolist() == ["1 of 2", ""]
 
 
 def test_missing_figures_are_empty_in_csv_and_not_zero() -> None:
@@ -225,8 +333,35 @@ def test_missing_figures_are_empty_in_csv_and_not_zero() -> None:
     assert "failed: because" in markdown
 
 
+def test_markdown_has_a_section_per_track_and_says_what_its_columns_are() -> None:
+    rows = [row("N", 0.9, track="no_gradient"), row("R", 0.5, track="randomized")]
+    rows += [row("D", 0.5, credit="Ada"), row("X", 0.5, track="new")]
+    text = to_markdown(tabulate(rows), "t", ["Mine."])
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [
+        "## digits, Linf:0.1, deterministic models",
+        "## digits, Linf:0.1, randomized models",
+        "## digits, Linf:0.1, models without a gradient to attack",
+        "## digits, Linf:0.1, new models",
+    ]
+    assert "| Ada |" in text
+    notes = [line for line in text.splitlines() if line.startswith("- ")]
+    assert notes[0] == "- Mine."
+    assert [note.split(":")[0] for note in notes[1:]] == ["- Rank", "- Seeds", "- Credit"]
+    assert "tied" in notes[1]
+    assert text.endswith(notes[-1] + "\n")
+
+
+def test_the_order_of_the_verdicts_changes_no_byte() -> None:
+    rows = [seeded(f"F{k}", value, k) for k, value in enumerate((0.9, 0.5, 0.5, 0.1))]
+    rows += [row("R", 0.1, track="randomized"), row("F", None), elsewhere("E", 0.3)]
+    tables = [tabulate(rows), tabulate(rows[::-1]), tabulate(rows[3:] + rows[:3])]
+    assert len({to_csv(table) for table in tables}) == 1
+    assert len({to_markdown(table, "t") for table in tables}) == 1
+
+
 def test_markdown_escapes_what_a_stranger_named() -> None:
-    text = to_markdown(tabulate([row("<script>|x|\n[a](b)", 0.5)]), "t")
+    text = to_markdown(tabulate([row("<script>|x|\n[a](b)", 0.5, credit="|<b>|")]), "t")
     assert "<script>" not in text
+    assert "<b>" not in text
     (line,) = [line for line in text.splitlines() if "script" in line]
-    assert line.replace("\\|", "").count("|") == 13
+    assert line.replace("\\|", "").count("|") == 15
