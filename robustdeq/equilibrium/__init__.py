@@ -1,6 +1,7 @@
 """Equilibrium core: solvers, gradient estimators and the classifier that joins them."""
 
 from robustdeq.equilibrium.anderson import Anderson
+from robustdeq.equilibrium.backprop import Backprop
 from robustdeq.equilibrium.broyden import Broyden
 from robustdeq.equilibrium.counting import Meter, metered
 from robustdeq.equilibrium.drive import Drive, Value
@@ -25,10 +26,12 @@ from robustdeq.equilibrium.solution import (
     Solve,
     relative_residual,
 )
+from robustdeq.equilibrium.states import Intermediate, SimultaneousAdjoint
 
 __all__ = [
-    "AdjointTrace", "Anderson", "Broyden", "Cell", "Drive", "Dynamics", "EquilibriumClassifier",
-    "FixedPoint", "Honest", "Implicit", "Injection", "JointAscent", "JointState",
-    "JointStep", "Meter", "Method", "OneStep", "Phantom", "Problem", "Solve", "SolveGradient",
-    "Solver", "Unrolled", "Value", "metered", "relative_residual", "splice",
+    "AdjointTrace", "Anderson", "Backprop", "Broyden", "Cell", "Drive", "Dynamics",
+    "EquilibriumClassifier", "FixedPoint", "Honest", "Implicit", "Injection", "Intermediate",
+    "JointAscent", "JointState", "JointStep", "Meter", "Method", "OneStep", "Phantom", "Problem",
+    "SimultaneousAdjoint", "Solve", "SolveGradient", "Solver", "Unrolled", "Value", "metered",
+    "relative_residual", "splice",
 ]  # fmt: skip

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from robustdeq.equilibrium._trust import trusted
+
 
 @dataclass
 class Meter:
@@ -109,4 +111,5 @@ def _count(meters: tuple[Meter, ...], out: Tensor, rows: int) -> None:
             return gradient
 
         # The meters are captured here because autograd may run hooks in another thread.
-        out.register_hook(on_backward)
+        with trusted():
+            out.register_hook(on_backward)

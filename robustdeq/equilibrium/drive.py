@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from robustdeq.equilibrium._trust import WATCH, foreign, trusted
 from robustdeq.equilibrium.gradients import SolveGradient
 from robustdeq.equilibrium.iteration import Solver
 from robustdeq.equilibrium.solution import Cell, Injection, Problem, Solve
@@ -59,11 +60,20 @@ class Drive:
             keep_states: return the list of states as well.
         """
         solver = self.solver if steps is None else self.solver.with_steps(steps)
-        problem = self._problem(cell, injection, start)
-        run = self.gradient.deployed if self.value == "deployed" else self.gradient.surrogate
-        solve = run(problem, solver, keep_states)
+        with trusted():
+            problem = self._problem(cell, injection, start)
+            solve = self._run(problem, solver, keep_states)
         self.solves.append(solve)
         return solve
+
+    def _run(self, problem: Problem, solver: Solver, keep_states: bool) -> Solve:
+        watch = WATCH.get()
+        gradient = self.gradient if watch is None else watch.estimator(self.gradient)
+        run = gradient.deployed if self.value == "deployed" else gradient.surrogate
+        solve: Solve = run(problem, solver, keep_states)
+        if watch is None or not solve.states:
+            return solve
+        return solve._replace(states=watch.carried(solve.states, solve.z))
 
     def _problem(self, cell: Cell, injection: Injection, start: Tensor | None) -> Problem:
         if start is not None:
@@ -71,6 +81,13 @@ class Drive:
         position = len(self.solves)
         if position < len(self.warm):
             return Problem(cell, injection, self.warm[position].detach(), warm=True)
-        with torch.no_grad():
+        return Problem(cell, injection, self._cold(injection))
+
+    def _cold(self, injection: Injection) -> Tensor:
+        watch = WATCH.get()
+        if watch is None:
+            with torch.no_grad():
+                return self.cold(injection)
+        with foreign():
             cold = self.cold(injection)
-        return Problem(cell, injection, cold)
+        return watch.started(cold, self.cold)

@@ -16,6 +16,7 @@ from torch import Tensor
 from robustdeq.equilibrium.counting import charged
 from robustdeq.equilibrium.solution import Map, Solve, residual_of
 from robustdeq.errors import UsageError
+from robustdeq.shapes import Counts
 
 _WORTH_GATHERING = 2**14
 """Numbers in the working states above which dropping finished rows pays for the gathers."""
@@ -72,9 +73,21 @@ class Solver(ABC):
         Args:
             compact: drop finished rows once they are half of the batch; needs an `f` that can be
                 evaluated for some rows only.
-            keep_states: return all iterates, the start included (nothing is compacted then).
+            keep_states: return all states as well: the start, then the answer as it stood after
+                each evaluation. A row that has stopped keeps its last one.
         """
-        return _Run(self, f, start, compact and not keep_states, keep_states).solve()
+        return _Run(self, f, start, compact, keep_states).solve()
+
+    def traced(
+        self, f: Map, start: Tensor, *, keep_states: bool = False
+    ) -> tuple[Solve, list[Counts]]:
+        """The same solve, bit for bit, and which iterate each of its states is, per row.
+
+        The last entry belongs to the answer; those before it are there if states are kept. Enough
+        to compute the states again, with a graph.
+        """
+        run = _Run(self, f, start, True, keep_states)
+        return run.solve(), run.origins
 
 
 class _Run:
@@ -99,8 +112,10 @@ class _Run:
         self.gap = self.z.new_full((batch,), torch.inf)
         self.norm = self.z.new_ones((batch,))
         self.steps = torch.zeros(batch, dtype=torch.long, device=start.device)
+        self.origin = torch.zeros_like(self.steps)
         self.answer = self._current()
-        self.states: list[Tensor] | None = [start] if keep_states else None
+        self.states: list[Tensor] | None = [start.detach()] if keep_states else None
+        self.origins: list[Tensor] = [self.origin] if keep_states else []
 
     def solve(self) -> Solve:
         for step in range(self.solver.max_steps):
@@ -117,30 +132,36 @@ class _Run:
             size = self.z.numel()
             if self.compact and 2 * self.remaining <= len(self.open) and size > _WORTH_GATHERING:
                 self._drop_finished()
-        z, gap, norm, steps = self._gathered()
+        z, gap, norm, steps, origin = self._gathered()
         states = tuple(self.states) if self.states is not None else ()
+        if not states:
+            self.origins = [origin]
         return Solve(z.view(-1, *self.shape), residual_of(gap, norm), steps, states)
 
     def _observe(self, fz: Tensor) -> None:
         """Take the residual of the current iterate, and close the rows that meet the tolerance."""
         gap = torch.linalg.vector_norm(fz - self.z, dim=1)
         norm = torch.linalg.vector_norm(fz, dim=1)
-        self.steps += self.open
+        self.steps = self.steps + self.open
         if self.method.returns_best:
             residual = residual_of(gap, norm)
             better = self.open & (residual < self.gap / self.norm)
             self.best = torch.where(better[:, None], self.z, self.best)
             self.gap = torch.where(better, residual, self.gap)
+            self.origin = torch.where(better, self.steps - 1, self.origin)
         else:
             self.best = self._where_open(self.method.advance(self.z, fz), self.best)
             self.gap = self._where_open(gap, self.gap)
             self.norm = self._where_open(norm, self.norm)
+            self.origin = self.steps
         if self.solver.tolerance > 0:
             # A NaN closes its row too: no method recovers from one.
             self.open = self.open & (gap > self.solver.tolerance * norm)
             self.remaining = int(self.open.sum())
         if self.states is not None:
-            self.states.append(self.best.view(-1, *self.shape))
+            z, *_, origin = self._gathered()
+            self.states.append(z.view(-1, *self.shape))
+            self.origins.append(origin)
 
     def _where_open(self, new: Tensor, old: Tensor) -> Tensor:
         if self.remaining == len(self.open):
@@ -154,17 +175,17 @@ class _Run:
         self.rows = live if self.rows is None else self.rows[live]
         self.z, self.best = self.z[live], self.best[live]
         self.gap, self.norm = self.gap[live], self.norm[live]
-        self.steps, self.open = self.steps[live], self.open[live]
+        self.steps, self.origin = self.steps[live], self.origin[live]
+        self.open = self.open[live]
         self.method.keep(live)
 
-    def _current(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.best, self.gap, self.norm, self.steps
+    def _current(self) -> tuple[Tensor, ...]:
+        return self.best, self.gap, self.norm, self.steps, self.origin
 
-    def _gathered(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _gathered(self) -> tuple[Tensor, ...]:
         if self.rows is None:
             return self._current()
-        z, gap, norm, steps = (
+        return tuple(
             whole.index_copy(0, self.rows, part)
             for whole, part in zip(self.answer, self._current(), strict=True)
         )
-        return z, gap, norm, steps

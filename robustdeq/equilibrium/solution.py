@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from robustdeq.equilibrium._trust import foreign
 from robustdeq.shapes import Counts, PerSample, State
 
 Injection = Tensor | tuple[Tensor, ...]
@@ -65,7 +66,9 @@ class Problem:
 
     def __call__(self, z: Tensor, step: int, rows: Tensor | None = None) -> Tensor:
         """The cell at `z`; see `Map`."""
-        return self.cell(z, self.injection if rows is None else _take(self.injection, rows), step)
+        injection = self.injection if rows is None else _take(self.injection, rows)
+        with foreign():
+            return self.cell(z, injection, step)
 
 
 def _take(injection: Injection, rows: Tensor) -> Injection:

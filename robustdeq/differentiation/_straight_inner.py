@@ -1,0 +1,120 @@
+"""Optimization inside the forward pass: inner gradients, leaves and backward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robustdeq.differentiation._straight_call import Call, Rule
+from robustdeq.differentiation._straight_graph import splice
+from robustdeq.differentiation._straight_tracker import Tracker
+
+
+_FURTHER = (
+    "retain_graph", "create_graph", "only_inputs", "allow_unused", "is_grads_batched",
+    "materialize_grads",
+)  # fmt: skip
+
+
+def _gradient(tracker: Tracker, call: Call) -> Any:
+    """`autograd.grad`: a constant, hence the identity for what it moves (BPDA); or differentiated.
+
+    The graph stays, for the outer pass goes through the same one.
+    """
+    outputs = _listed(call.argument(0, "outputs"))
+    if not any(tracker.carries(output) for output in outputs):
+        return NotImplemented
+    tracker.inner_calls += 1
+    kwargs = dict(zip(_FURTHER, call.args[3:], strict=False)) | call.kwargs
+    kwargs["retain_graph"] = True
+    if tracker.plan.double and tracker.intercepts("autograd.grad"):
+        kwargs["create_graph"] = True
+    own = call.func(*call.args[:3], **kwargs)
+    return _replayed(tracker, own)
+
+
+def _replayed(tracker: Tracker, own: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """What the honest pass found, where that is known: the rules bend inner gradients as well."""
+    position = tracker.inner_calls - 1
+    if position >= len(tracker.plan.replay):
+        return tuple(own)
+    found = tracker.plan.replay[position]
+    if len(found) != len(own):
+        return tuple(own)
+    return tuple(_valued(value, mine) for value, mine in zip(found, own, strict=True))
+
+
+def _valued(value: Tensor | None, own: Tensor | None) -> Tensor | None:
+    if value is None or own is None or value.shape != own.shape:
+        return own
+    return splice(value.clone(), own) if own.requires_grad else value.clone()
+
+
+def _backward(tracker: Tracker, call: Call) -> Any:
+    """`backward`: into the inner leaves alone, never beyond them into the caller's images."""
+    losses = _listed(call.argument(0, "tensors"))
+    weights = call.argument(1, "grad_tensors", call.kwargs.get("gradient"))
+    if not any(tracker.carries(loss) for loss in losses):
+        return NotImplemented
+    tracker.inner_calls += 1
+    inputs = call.kwargs.get("inputs")
+    leaves = list(tracker.leaves.values()) if inputs is None else _listed(inputs)
+    if leaves:
+        found = torch.autograd.grad(
+            losses,
+            leaves,
+            None if weights is None else _listed(weights),
+            retain_graph=True,
+            create_graph=tracker.plan.double and tracker.intercepts("backward"),
+            allow_unused=True,
+        )
+        for leaf, gradient in zip(leaves, _replayed(tracker, found), strict=True):
+            _accumulate(tracker, leaf, gradient)
+    return None
+
+
+def _accumulate(tracker: Tracker, leaf: Tensor, gradient: Tensor | None) -> None:
+    if gradient is None:
+        return
+    before = tracker.leaf_gradients.get(id(leaf))
+    tracker.leaf_gradients[id(leaf)] = gradient if before is None else before + gradient
+
+
+def _listed(value: Any) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else list(value)
+
+
+def _read(tracker: Tracker, call: Call) -> Any:
+    x = call.args[0]
+    if id(x) in tracker.leaves:
+        return tracker.leaf_gradients.get(id(x))
+    return None if x.requires_grad and not x.is_leaf else call.func(x)
+
+
+def _write(tracker: Tracker, call: Call) -> Any:
+    x, value = call.args
+    if id(x) not in tracker.leaves:
+        return NotImplemented
+    tracker.leaf_gradients[id(x)] = value
+    return None
+
+
+def _retained(tracker: Tracker, call: Call) -> Any:
+    x = call.args[0]
+    if not x.requires_grad:
+        return NotImplemented
+    tracker.leaves[id(x)] = x
+    return None
+
+
+INNER: dict[str, Rule] = {
+    "autograd.grad": _gradient,
+    "autograd.backward": _backward,
+    "backward": _backward,
+    "retain_grad": _retained,
+    "grad.get": _read,
+    "grad.set": _write,
+}

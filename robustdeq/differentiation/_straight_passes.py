@@ -1,0 +1,205 @@
+"""One watched forward pass, and what to leave out of it where it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from robustdeq.differentiation._straight_graph import splice
+from robustdeq.differentiation._straight_mode import KINDS, StraightMode
+from robustdeq.differentiation._straight_patches import HONEST, TRACKER, patched
+from robustdeq.differentiation._straight_sites import Site, definition_site
+from robustdeq.differentiation._straight_state import detach_held, frozen, unhooked
+from robustdeq.differentiation._straight_tracker import Plan, Tracker
+from robustdeq.differentiation.module_gradient import Predict
+from robustdeq.equilibrium import Backprop, SolveGradient
+from robustdeq.equilibrium._trust import WATCH
+from robustdeq.shapes import Images, Logits
+
+
+@dataclass
+class Carried:
+    """A watched pass: logits with a graph that ends in `leaf`."""
+
+    leaf: Images
+    logits: Logits
+    tracker: Tracker
+
+
+class _Watch:
+    """What the core's solves are told of the pass around them."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self.tracker = tracker
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        token = TRACKER.set(None)
+        try:
+            with torch._C.DisableTorchFunction():
+                yield
+        finally:
+            TRACKER.reset(token)
+
+    @contextmanager
+    def resumed(self) -> Iterator[None]:
+        token = TRACKER.set(self.tracker)
+        try:
+            with torch._C._EnableTorchFunction():
+                yield
+        finally:
+            TRACKER.reset(token)
+
+    def estimator(self, gradient: Any) -> Any:
+        """A model's own estimator may hide anything: the solver's steps stand for it."""
+        if self.tracker.region is not None:
+            region, self.tracker.region = self.tracker.region, None
+            self.tracker.admits(region)
+        kind = type(gradient)
+        if kind.__module__.startswith(SolveGradient.__module__.rpartition(".")[0] + "."):
+            return gradient
+        site = self._site(f"SolveGradient {kind.__name__}", kind.carrier)
+        return Backprop() if self.tracker.admits(site) else gradient
+
+    def started(self, cold: Tensor, origin: Callable[..., Tensor]) -> Tensor:
+        if not cold.requires_grad or self.tracker.admits(self._site("start", origin)):
+            return cold
+        return cold.detach()
+
+    def carried(self, states: tuple[Tensor, ...], z: Tensor) -> tuple[Tensor, ...]:
+        """The states' gradient is that of the answer which they lead to."""
+        site = self.tracker.site("Solve.states")
+        if not z.requires_grad or (site is not None and site in self.tracker.plan.excluded):
+            return states
+
+        def reported(gradient: Tensor) -> None:
+            self.tracker.admits(site)
+
+        out = []
+        for state in states:
+            out.append(state if state.requires_grad else splice(state, z))
+            if out[-1] is not state and site is not None:
+                out[-1].register_hook(reported)
+        return tuple(out)
+
+    def _site(self, operation: str, function: Any) -> Site | None:
+        return definition_site(operation, function) if self.tracker.plan.logged else None
+
+
+@contextmanager
+def _watching(tracker: Tracker) -> Iterator[None]:
+    watch = WATCH.set(_Watch(tracker))
+    token = TRACKER.set(tracker)
+    try:
+        with patched(), StraightMode(tracker):
+            yield
+    finally:
+        TRACKER.reset(token)
+        WATCH.reset(watch)
+
+
+def _forward(predict: Predict, images: Images) -> Logits:
+    """The frame above which all code is the model's or what it calls."""
+    return predict(images)
+
+
+def carried_pass(model: nn.Module, predict: Predict, x: Images, plan: Plan) -> Carried:
+    """Run the model's own forward pass with the rules of `plan`."""
+    tracker = Tracker(plan, len(x), x.dtype, _forward.__code__)
+    leaf = x.detach().clone().requires_grad_()
+    hooks: list[Site] = []
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(frozen(model, "parameters" not in plan.dropped))
+            if "hooks" not in plan.dropped:
+                stack.enter_context(unhooked(model, hooks, plan.excluded))
+            stack.enter_context(torch.enable_grad())
+            if plan.careful:
+                stack.enter_context(torch.autograd.graph.saved_tensors_hooks(torch.clone, _same))
+            # Not a leaf: models write into their input.
+            images = leaf.clone()
+            stack.enter_context(_watching(tracker))
+            logits = _forward(predict, images)
+    finally:
+        detach_held(model)
+    for site in hooks:
+        tracker.admits(site)
+    return Carried(leaf, logits, tracker)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+_SURROGATES = ("comparing", "choosing", "saturation")
+LADDER: Sequence[tuple[str, ...]] = (
+    (),
+    ("parameters",),
+    ("functions",),
+    ("functions", *_SURROGATES),
+    ("functions", *_SURROGATES, "arrays", "inner"),
+    ("parameters", "functions", "hooks", *KINDS),
+)
+"""What is left out, step by step, of a pass that fails."""
+
+
+def followed(
+    model: nn.Module,
+    predict: Predict,
+    x: Images,
+    plan: Plan,
+    restore: Callable[[], None],
+    notes: list[str],
+) -> Carried | None:
+    """The fullest watched pass that the model survives; None where it survives none."""
+    for dropped in LADDER:
+        restore()
+        try:
+            carried = carried_pass(
+                model, predict, x, replace(plan, dropped=plan.dropped | frozenset(dropped))
+            )
+        except Exception as error:
+            left_out = ", ".join(dropped) or "nothing"
+            notes.append(f"with {left_out} left out: {type(error).__name__}: {error}")
+            continue
+        notes += carried.tracker.notes
+        return carried
+    return None
+
+
+def honest_pass(predict: Predict, x: Images) -> Any:
+    """What the judge would see."""
+    token = HONEST.set(True)
+    try:
+        with patched(), torch.no_grad():
+            return predict(x.detach().clone())
+    finally:
+        HONEST.reset(token)
+
+
+def inner_gradients(predict: Predict, x: Images) -> tuple[tuple[Tensor | None, ...], ...]:
+    """What inner gradients are in the honest pass, in their order."""
+    recorder = _Recorder()
+    with recorder:
+        honest_pass(predict, x)
+    return tuple(recorder.found)
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[Tensor | None, ...]] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.autograd.grad:
+            self.found.append(tuple(g if g is None else g.detach().clone() for g in out))
+        return out

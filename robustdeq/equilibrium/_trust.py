@@ -1,0 +1,57 @@
+"""Where the core switches gradients off on purpose, and where a model's own code begins again.
+
+A gradient that undoes masking (`robustdeq.differentiation.StraightThrough`) watches a forward pass.
+Solves must not be watched, since they detach by design; the cells that they call must be. Nothing
+here has an effect outside of such a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Watch(Protocol):
+    """What watches a forward pass."""
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Within the block nothing is changed."""
+        ...
+
+    def resumed(self) -> AbstractContextManager[None]:
+        """Within the block, which lies in a paused one, everything is watched again."""
+        ...
+
+    def estimator(self, gradient: Any) -> Any:
+        """The estimator to drive a solve with in place of the model's own."""
+        ...
+
+    def started(self, cold: Tensor, origin: Callable[..., Tensor]) -> Tensor:
+        """A start, which may carry a gradient; `origin` made it."""
+        ...
+
+    def carried(self, states: tuple[Tensor, ...], z: Tensor) -> tuple[Tensor, ...]:
+        """Kept states, which carry no gradient, with that of the answer `z`."""
+        ...
+
+
+WATCH: ContextVar[Watch | None] = ContextVar("robustdeq_watch", default=None)
+
+
+def trusted() -> AbstractContextManager[None]:
+    """Within the block the core is at work: what it detaches is meant."""
+    watch = WATCH.get()
+    return nullcontext() if watch is None else watch.paused()
+
+
+def foreign() -> AbstractContextManager[None]:
+    """Within the block, inside a trusted one, a model's own code is at work."""
+    watch = WATCH.get()
+    # A solve without a graph has no gradient to keep.
+    idle = watch is None or not torch.is_grad_enabled()
+    return nullcontext() if idle or watch is None else watch.resumed()
