@@ -87,6 +87,8 @@ class Status:
     """Not attacked: an earlier attack had broken it."""
     CLEAN = "clean"
     """A row of a clean record."""
+    UNTRIED = "untried"
+    """Nobody has submitted an example for it."""
     # Violations of the threat stand under the names of `threats.Violation`.
 
 

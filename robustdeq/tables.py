@@ -29,7 +29,7 @@ NOTES = (
     "Credit: who submitted the examples that lowered the row.",
 )
 """How `to_markdown` explains its columns."""
-_UNRANKED = ("outside_ball:", "outside_box:", "nonfinite:", "incomplete_training")
+_UNRANKED = ("outside_ball:", "outside_box:", "nonfinite:", "incomplete_training", "unattacked")
 _TRACKS = {
     "deterministic": "deterministic models",
     "randomized": "randomized models",

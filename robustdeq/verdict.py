@@ -157,6 +157,7 @@ def judge_evidence(evidence: Evidence) -> Verdict:
         verdict.clean_acc = float(clean["clean_correct"].mean())
         verdict.samples = _samples(clean, attacks)
         verdict.broken_by = dict(Counter(verdict.samples["broken_by"].dropna()))
+        verdict.credit = _credit(evidence, verdict)
         invalid = _unresolved(attacks, verdict.samples)
         gaps += [f"{label} gave {n} non-finite examples" for label, n in invalid.items()]
         if not gaps:
@@ -230,6 +231,13 @@ def _samples(clean: pd.DataFrame, attacks: dict[str, pd.DataFrame]) -> pd.DataFr
     named = [None if pd.isna(name) else name for name in broken_by]
     table["broken_by"] = pd.Series(named, index=table.index, dtype=object)
     return table[["index", "label", "clean", "robust", "broken_by"]]
+
+
+def _credit(evidence: Evidence, verdict: Verdict) -> str:
+    """Who submitted the examples that broke samples first, in order."""
+    stages = {r.meta.label: r.meta.stage for r in _of(evidence, "attack")}
+    names = [str(s["by"]) for n, s in stages.items() if "by" in s and n in verdict.broken_by]
+    return ", ".join(dict.fromkeys(names))
 
 
 def _unresolved(attacks: dict[str, pd.DataFrame], samples: pd.DataFrame) -> Counter[str]:

@@ -24,10 +24,14 @@ from robustdeq.evaluation.subject import (
     pick_device,
     weights_source,
 )
+from robustdeq.evidence.bundling import Parts, write_bundle
+from robustdeq.evidence.submissions import FILE as SUBMISSIONS
+from robustdeq.evidence.submissions import added, write_json
 from robustdeq.files import make_folder, write_atomically
-from robustdeq.keys import canonical, digest
+from robustdeq.keys import digest
 from robustdeq.records import Record, Store
-from robustdeq.report import write_tables
+from robustdeq.registry import registered
+from robustdeq.report import read_run, write_tables
 from robustdeq.suite import Case, Suite, as_data, attacks_of, expand
 from robustdeq.tables import to_csv
 from robustdeq.verdict import Evidence, Failure, Verdict, curves_table, judge_evidence
@@ -102,8 +106,9 @@ def run_suite(
 ) -> list[Verdict]:
     """Run a suite; what records exist already is not computed again.
 
-    Leaves `<out>/<suite>/` with `records/`, `run.json`, `table.csv` and `table.md`; the tables are
-    written anew whenever a row is finished.
+    Leaves `<out>/<suite>/` with `records/`, `run.json`, `table.csv` and `table.md`, written anew
+    whenever a row is finished, and in the end `bundle/`. What was submitted to an earlier run in
+    that folder still counts.
 
     Raises:
         UsageError: if data are missing, or something in the suite or on the machine is not there.
@@ -114,6 +119,7 @@ def run_suite(
     folder = options.out / suite.name
     run = _Running(suite, options, device, folder, tick)
     run.go()
+    run.leave_evidence()
     return run.verdicts
 
 
@@ -243,9 +249,30 @@ class _Running:
 
     def _publish(self) -> None:
         self.verdicts = [row.judged(self.store.summary) for row in self.rows]
-        write_atomically(self.folder / "run.json", self._provenance().encode())
+        write_json(self.folder / "run.json", added(self.folder, self._provenance()))
+        self._count_submissions()
         write_tables(self.folder, self.suite.name, self.verdicts)
         self._publish_curves()
+
+    def _count_submissions(self) -> None:
+        if (self.folder / SUBMISSIONS).exists():
+            self.verdicts = read_run(self.folder)[1]
+
+    def leave_evidence(self) -> None:
+        """The bundle, once all rows are done; submissions are scored anew where sources changed."""
+        from robustdeq.evidence.rescoring import Setting
+        from robustdeq.evidence.submit import rescore_stale
+
+        parts = Parts(
+            shapes={d.spec.name: d.images.shape[1:] for d in self.slices.values()},
+            weights=weights_source(self.suite, self.options.weights).folders,
+            distributions={n: p.distribution for n, p in registered("defense").items()},
+        )
+        setting = Setting(device=str(self.device), data=load_slice, allow_plugins=True)
+        run = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+        write_bundle(self.folder, run, self.verdicts, parts)
+        if rescore_stale(self.folder, setting=setting):
+            self._count_submissions()
 
     def _publish_curves(self) -> None:
         evidences = [row.evidence(self.store.summary) for row in self.rows]
@@ -253,9 +280,9 @@ class _Running:
         if len(table):
             write_atomically(self.folder / "curves.csv", to_csv(table).encode())
 
-    def _provenance(self) -> str:
+    def _provenance(self) -> dict[str, Any]:
         """`run.json`: what was run, where, and which records make up each row."""
-        data = {
+        return {
             "format": FORMAT,
             "robustdeq": robustdeq.__version__,
             "suite": as_data(self.suite),
@@ -276,7 +303,6 @@ class _Running:
                 for row in self.rows
             ],
         }
-        return json.dumps(canonical(data), indent=1, sort_keys=True) + "\n"
 
 
 def git_state() -> dict[str, Any]:

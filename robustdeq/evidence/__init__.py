@@ -1,0 +1,1 @@
+"""What a run claims, scored again by a stranger: bundles, verification, submissions."""
