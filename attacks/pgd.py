@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from robustdeq.attacks._losses import LOSSES, margin
+from robustdeq.attacks._ascent import Lanes, LogitLoss, Steepest, ascend
+from robustdeq.attacks._ledger import Ledger
+from robustdeq.attacks._losses import LOSSES
 from torch import Tensor
 
 from robustdeq.errors import UsageError
@@ -21,7 +23,9 @@ from robustdeq.threats import Threat
 class PGD:
     """Steepest ascent of a loss with projection (Madry et al. 2018), restarted at random.
 
-    Every iterate is looked at, and the one of the largest margin is the candidate.
+    Every iterate is looked at, and the one of the largest margin is the candidate. Of a view with
+    other logits than the deployed ones, and of a warm start, the deployed predictor scores those
+    that look best, every few steps and at the end of a restart.
 
     Attributes:
         steps: gradient steps of a restart.
@@ -31,6 +35,8 @@ class PGD:
         loss: cross-entropy ("ce"), "margin" or "dlr".
         random_start: whether the first restart is random as well.
         decay: whether the step shrinks linearly to a tenth over a restart.
+        warm: start solves from those of the step before, where the model has one solve to a
+            tolerance and the gradient allows it.
     """
 
     needs: ClassVar[Access] = Access.GRADIENTS
@@ -41,6 +47,7 @@ class PGD:
     loss: Literal["ce", "margin", "dlr"] = "ce"
     random_start: bool = True
     decay: bool = True
+    warm: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.restarts < 1 or self.step_size < 0:
@@ -52,54 +59,31 @@ class PGD:
     def budget(self, classes: int) -> Budget:
         """See `robustdeq.interfaces.Attack`."""
         del classes
-        return Budget((self.steps + 1) * self.restarts, self.steps * self.restarts)
+        return Budget(2 + (self.steps + 1) * self.restarts, self.steps * self.restarts)
 
     def run(
         self, target: Target, x: Images, y: Labels, threat: Threat, rng: SampleRandom
     ) -> Tensor:
         """See `robustdeq.interfaces.Attack`."""
-        best, largest = x.clone(), torch.full((len(x),), -torch.inf, device=x.device)
+        ledger = Ledger(target, x, y)
+        loss = LOSSES[self.loss]
+        objective = LogitLoss(target, y, lambda logits, y, _: loss(logits, y), warm=self.warm)
         for restart in range(self.restarts):
-            rows = (largest <= 0).nonzero().squeeze(1)
-            if not len(rows):
+            samples = ledger.open()
+            if not len(samples):
                 break
-            streams = rng.take(rows.tolist())
-            start = x[rows]
+            start = x[samples]
             if self.random_start or restart:
+                streams = rng.take(samples.tolist())
                 offset = threat.random_offset(streams.uniform(start), streams.fraction(start))
                 start = threat.project(start, start + offset)
-            found, margins = self._ascend(target, x[rows], y[rows], threat, start)
-            better = margins > largest[rows]
-            best[rows[better]] = found[better]
-            largest[rows] = torch.maximum(largest[rows], margins)
-        return best
+            lanes = Lanes(samples, torch.full_like(samples, -1), start)
+            rule = Steepest(x[samples], threat, self._lengths(threat))
+            ascend(objective, rule, self.steps, lanes, ledger, stop=False)
+        return ledger.x
 
-    def _shrinkage(self) -> list[float]:
-        """The length of each step, relative to the first."""
-        if not self.decay:
-            return [1.0] * self.steps
-        return [1.0 - 0.9 * step / self.steps for step in range(self.steps)]
-
-    def _ascend(
-        self, target: Target, x: Images, y: Labels, threat: Threat, start: Images
-    ) -> tuple[Images, Tensor]:
-        size = (self.step_size or 2.5 / sum(self._shrinkage())) * threat.eps
-        shrinkage = self._shrinkage()
-        current, best = start, start.clone()
-        largest = torch.full((len(x),), -torch.inf, device=x.device)
-        for step in range(self.steps + 1):
-            last = step == self.steps
-            current = current.detach().requires_grad_(not last)
-            with torch.set_grad_enabled(not last):
-                logits = target(current).logits
-                loss = LOSSES[self.loss](logits, y).sum()
-            with torch.no_grad():
-                margins = torch.nan_to_num(margin(logits, y).float(), nan=torch.inf)
-                better = margins > largest
-                best[better], largest = current.detach()[better], torch.maximum(largest, margins)
-            if not last:
-                (gradient,) = torch.autograd.grad(loss, current)
-                gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
-                ascent = threat.steepest(gradient) * (size * shrinkage[step])
-                current = threat.project(x, current.detach() + ascent)
-        return best, largest
+    def _lengths(self, threat: Threat) -> list[float]:
+        """The length of each step."""
+        shares = [1.0 - 0.9 * k / self.steps * self.decay for k in range(self.steps)]
+        size = (self.step_size or 2.5 / sum(shares)) * threat.eps
+        return [share * size for share in shares]
