@@ -7,7 +7,7 @@ autograd: they stay exact and differentiable, also under `no_grad` and `inferenc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -105,7 +105,13 @@ class Lyapunov(nn.Module):
         return value, gradient
 
 
-def stabilized(field: Tensor, value: Tensor, gradient: Tensor, alpha: float) -> Tensor:
+def stabilized(
+    field: Tensor,
+    value: Tensor,
+    gradient: Tensor,
+    alpha: float,
+    gate: Callable[[Tensor], Tensor] = F.relu,
+) -> Tensor:
     """The field nearest to `field` along grad V under which V decays at rate alpha.
 
     F = f - grad V relu(grad V . f + alpha V) / |grad V|^2, so that grad V . F <= -alpha V, with
@@ -117,9 +123,28 @@ def stabilized(field: Tensor, value: Tensor, gradient: Tensor, alpha: float) -> 
         value: V, (batch,).
         gradient: grad V, (batch, size).
         alpha: rate, at least 0.
+        gate: the relu.
     """
-    excess = F.relu((gradient * field).sum(1) + alpha * value)
+    excess = gate((gradient * field).sum(1) + alpha * value)
     return field - gradient * (excess / (gradient.square().sum(1) + GUARD))[:, None]
+
+
+class Stabilizer(nn.Module):
+    """`stabilized` as a named module, with its gate: attacks replace the backward pass of either.
+
+    Its backward pass can be taken for the identity of the field, the gate's for a softplus's.
+
+    Args:
+        alpha: rate of decay, at least 0.
+    """
+
+    def __init__(self, alpha: float) -> None:
+        super().__init__()
+        self.alpha, self.gate = alpha, nn.ReLU()
+
+    def forward(self, field: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        """The stabilized field (batch, size)."""
+        return stabilized(field, value, gradient, self.alpha, self.gate)
 
 
 class Pool(nn.Module):

@@ -7,13 +7,14 @@ from typing import ClassVar, Literal
 
 import torch
 from robustdeq.defenses._cells import Stem
-from robustdeq.defenses._lyapunov import Lyapunov, Pool, stabilized
+from robustdeq.defenses._lyapunov import Lyapunov, Pool, Stabilizer
 from robustdeq.defenses.deq import DEQ, ResidualEquilibrium
 from torch import Tensor, nn
 
 from robustdeq.datasets import DataSpec
 from robustdeq.equilibrium import (
     Drive,
+    EquilibriumClassifier,
     FixedPoint,
     Implicit,
     Injection,
@@ -133,6 +134,7 @@ class LyapunovModule(ResidualEquilibrium):
         orthogonal = settings.head == "orthogonal"
         self.head = nn.Linear(self.pool.size, classes, bias=not orthogonal)
         self.lyapunov: Lyapunov | None = None
+        self.stabilizer = Stabilizer(settings.alpha)
         if settings.stability == "lyapunov":
             hidden = (settings.hidden, settings.hidden)
             self.lyapunov = Lyapunov(self.pool.size, hidden, settings.smoothing, settings.epsilon)
@@ -149,7 +151,16 @@ class LyapunovModule(ResidualEquilibrium):
             return -0.5 * self.settings.alpha * h
         if self.lyapunov is None:
             return h
-        return stabilized(h, *self.lyapunov.value_and_gradient(h), self.settings.alpha)
+        projected: Tensor = self.stabilizer(h, *self.lyapunov.value_and_gradient(h))
+        return projected
+
+    def undefended(self) -> dict[str, nn.Module]:
+        """The DEQ before the module; see `robustdeq.targets.Target.undefended`.
+
+        A head trained behind a constant negative factor (`scale`) reads the bare state upside down,
+        and a constant hides nothing.
+        """
+        return {"backbone": Backbone(self)} if self.lyapunov is not None else {}
 
     def constrain(self, iterations: int = 3) -> None:
         """Also set the head to the nearest matrix with orthonormal rows, its polar factor."""
@@ -160,6 +171,29 @@ class LyapunovModule(ResidualEquilibrium):
             with torch.no_grad():
                 u, _, vh = torch.linalg.svd(self.head.weight, full_matrices=False)
                 self.head.weight.copy_(u @ vh)
+
+
+class Backbone(EquilibriumClassifier):
+    """The DEQ before the Lyapunov module: its own fixed point under the same head, same weights."""
+
+    def __init__(self, model: LyapunovModule) -> None:
+        settings = model.settings
+        fixed = FixedPoint(tolerance=settings.tolerance, max_steps=settings.max_steps)
+        super().__init__(fixed, Implicit(fixed))
+        self.model = model
+
+    def embed(self, x: Images) -> Tensor:
+        """See `EquilibriumClassifier.embed`."""
+        return self.model.embed(x)
+
+    def cell(self, z: Tensor, injection: Injection, step: int) -> Tensor:
+        """The plain cell, whatever the reading makes of it."""
+        return ResidualEquilibrium.cell(self.model, z, injection, step)
+
+    def readout(self, z: Tensor) -> Logits:
+        """The head on the state as it is."""
+        out: Tensor = self.model.head(self.model.pool(z))
+        return self.model.settings.temperature * out
 
 
 class LyapunovDynamics(LyapunovModule):
@@ -187,7 +221,7 @@ class LyapunovDynamics(LyapunovModule):
         at = self.pool(z if center is None else z - center)
         value, slope = self.lyapunov.value_and_gradient(at)
         gradient = self.pool.adjoint(slope).flatten(1)
-        flat = stabilized(field.flatten(1), value, gradient, self.settings.alpha)
+        flat: Tensor = self.stabilizer(field.flatten(1), value, gradient)
         return flat.view_as(field)
 
     def stable(self, h: Tensor) -> Tensor:

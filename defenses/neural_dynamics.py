@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from robustdeq.datasets import DataSpec
-from robustdeq.equilibrium import Drive, Phantom, SolveGradient, Solver
+from robustdeq.equilibrium import (
+    Drive,
+    EquilibriumClassifier,
+    Injection,
+    Phantom,
+    SolveGradient,
+    Solver,
+)
 from robustdeq.interfaces import About
 from robustdeq.shapes import Images, Logits
 from robustdeq.training.random_states import RandomStates
@@ -124,8 +131,36 @@ class NeuralDynamics:
         return model.to(device)
 
 
+class Plain(EquilibriumClassifier):
+    """Cell and readout of a model, solved as deployed, and nothing around them; shares its weights.
+
+    Args:
+        model: whose own `predict` is left out.
+    """
+
+    def __init__(self, model: ResidualEquilibrium) -> None:
+        super().__init__(model.solver, model.gradient)
+        self.model = model
+
+    def embed(self, x: Images) -> Tensor:
+        """See `EquilibriumClassifier.embed`."""
+        return self.model.embed(x)
+
+    def cell(self, z: Tensor, injection: Injection, step: int) -> Tensor:
+        """See `EquilibriumClassifier.cell`."""
+        return self.model.cell(z, injection, step)
+
+    def readout(self, z: Tensor) -> Logits:
+        """See `EquilibriumClassifier.readout`."""
+        return self.model.readout(z)
+
+
 class StateEnsemble(ResidualEquilibrium):
     """The mean of the logits of all intermediate states of the deployed solve."""
+
+    def undefended(self) -> dict[str, nn.Module]:
+        """The last state alone; see `robustdeq.targets.Target.undefended`."""
+        return {"final": Plain(self)}
 
     def predict(self, x: Images, solve: Drive) -> Logits:
         """Each state is differentiated by the estimator, from where it is."""
@@ -159,6 +194,10 @@ class PurifiedEquilibrium(ResidualEquilibrium):
         count = (settings.rounds - 1) * settings.input_steps
         signs = torch.randn((count, *shape), generator=generator).sign()
         self.register_buffer("signs", signs, persistent=False)
+
+    def undefended(self) -> dict[str, nn.Module]:
+        """The classifier without its purifier; see `robustdeq.targets.Target.undefended`."""
+        return {"base": Plain(self)}
 
     def predict(self, x: Images, solve: Drive) -> Logits:
         """See `NeuralDynamics`; the moves after the last round would change nothing."""

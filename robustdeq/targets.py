@@ -163,7 +163,10 @@ class Target:
 
         def predict(inputs: Images) -> Any:
             solves.clear()
-            return self._predict(inputs, warm, solves)
+            # Finite differences ask for several copies of the batch at once.
+            copies = len(inputs) // max(len(x), 1)
+            starts = [state.repeat(copies, *[1] * (state.dim() - 1)) for state in warm]
+            return self._predict(inputs, starts, solves)
 
         if not isinstance(self.gradient, ModuleGradient):
             logits = predict(x)

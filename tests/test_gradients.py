@@ -290,3 +290,15 @@ def test_tight_implicit_falls_back_to_the_best_iterate(toy_images: Tensor) -> No
 def test_impossible_tolerances_are_refused(tolerance: float) -> None:
     with pytest.raises(UsageError, match="outside"):
         Implicit(tolerance=tolerance)
+
+
+@pytest.mark.parametrize("solver", [FixedPoint, Anderson, Broyden])
+def test_backprop_goes_through_a_start_that_depends_on_the_injection(
+    solver: type[Solver], toy_images: Tensor
+) -> None:
+    class Own(ToyEquilibrium):
+        def start(self, injection: Tensor) -> Tensor:  # type: ignore[override]
+            return torch.tanh(0.5 * injection)
+
+    model = Own(solver(tolerance=0.0, max_steps=4), Backprop(), rho=0.9)
+    assert relative(gradient_of(model, toy_images), differences(model, toy_images)) < 1e-8

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from robustdeq.differentiation._straight_call import Call, Rule, called
-from robustdeq.differentiation._straight_tracker import Tracker
+from robustdeq.differentiation._straight_tracker import Export, Tracker
 
 _RELATED = 0.3
 """Correlation from which what comes back is taken to be made of what went out."""
@@ -22,11 +22,13 @@ def _exported(tracker: Tracker, call: Call) -> Any:
         return NotImplemented
     name = "numpy" if call.name.base == "__array__" else call.name.base
     site = tracker.site(name)
-    if site is not None and not tracker.admits(site):
-        return call.func(x.detach(), *call.args[1:], **call.kwargs)
+    # Single numbers mostly decide what to do next, and never come back.
     carrier = tracker.carrier(x)
+    if name not in ("item", "__float__") and not tracker.admits(site, carrier):
+        carrier = None
     if carrier is not None:
-        tracker.exports.append((x.detach().clone(), carrier, site))
+        returned = site if name in ("item", "__float__") else None
+        tracker.exports.append((x.detach().clone(), carrier, returned))
     return call.func(x.detach(), *call.args[1:], **call.kwargs)
 
 
@@ -40,10 +42,11 @@ def imported(tracker: Tracker, call: Call, data: Any) -> Any:
     out = call.run()
     if not isinstance(out, Tensor):
         return out
-    for value, carrier, _ in reversed(tracker.exports):
+    for value, carrier, site in (*reversed(tracker.exports), *_gathered(tracker, out.numel())):
         slope = _slope(value, out)
-        if slope:
+        if slope and tracker.admits(site, carrier):
             return tracker.give(out.detach(), (carrier * slope).reshape(out.shape))
+    tracker.note("numbers were made into a tensor that resembles nothing that left the graph.")
     return out
 
 
@@ -52,10 +55,25 @@ def _stacked(tracker: Tracker, call: Call, data: Any) -> Tensor | None:
     flat = isinstance(data, (list, tuple)) and all(isinstance(item, Tensor) for item in data)
     if not flat or not any(item.requires_grad for item in data):
         return None
-    if any(item.dim() for item in data) or not tracker.intercepts(call.name.base):
+    if any(item.dim() for item in data):
         return None
-    dtype = call.kwargs.get("dtype") or data[0].dtype
-    return tracker.give(torch.stack([item.detach() for item in data]).to(dtype), torch.stack(data))
+    soft = torch.stack(data)
+    if not tracker.intercepts(call.name.base, soft):
+        return None
+    return tracker.give(soft.detach().to(call.kwargs.get("dtype") or soft.dtype), soft)
+
+
+def _gathered(tracker: Tracker, count: int) -> list[Export]:
+    """The last single numbers together: what a loop over pixels leaves."""
+    single = [export for export in tracker.exports if export[0].numel() == 1]
+    if count < 2 or len(single) < count:
+        return []
+    values, carriers, sites = zip(*single[-count:], strict=True)
+    return [(_joined(values), _joined(carriers), sites[0])]
+
+
+def _joined(scalars: tuple[Tensor, ...]) -> Tensor:
+    return torch.cat([scalar.reshape(1) for scalar in scalars])
 
 
 def _slope(before: Tensor, after: Tensor) -> float:

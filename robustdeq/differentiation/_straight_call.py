@@ -28,6 +28,7 @@ _ALIASES = {
 _SWAPPED = frozenset(
     f"__r{name}__" for name in ("sub", "mod", "floordiv", "lshift", "rshift", "truediv", "pow")
 )
+_KEPT = frozenset(("requires_grad_", "detach_"))
 _DUNDERS = frozenset(("__getitem__", "__setitem__", "__array__", "__array_wrap__", "__deepcopy__"))
 
 
@@ -54,6 +55,8 @@ def name_of(func: Any) -> Name:
         return Name(f"{func.__self__.__name__}.{text.strip('_')}")
     if getattr(func, "__module__", None) == "torch.autograd":
         return Name(f"autograd.{text}")
+    if text in _KEPT:
+        return Name(text)
     if text in _DUNDERS:
         return Name(text, in_place=text == "__setitem__")
     if text.startswith("__") and text.endswith("__"):

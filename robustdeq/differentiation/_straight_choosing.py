@@ -126,11 +126,10 @@ def _looked_up(tracker: Tracker, call: Call) -> Any:
     entry = tracker.entry(index)
     if entry is None or not isinstance(table, Tensor) or index.dtype == torch.bool:
         return NotImplemented
-    return _mixed(tracker, quiet_or_run(call, table), entry, table)
+    return _mixed(tracker, _value(call, table), entry, table)
 
 
-def quiet_or_run(call: Call, table: Tensor) -> Tensor:
-    """The call, with the graph of what is looked up in."""
+def _value(call: Call, table: Tensor) -> Tensor:
     out: Tensor = call.run() if table.requires_grad else quiet(call)
     return out
 
@@ -186,7 +185,7 @@ def _placed(tracker: Tracker, call: Call) -> Any:
     target, index, value = call.args
     pair = isinstance(index, tuple) and len(index) == 2
     entry = tracker.entry(index[1]) if pair else None
-    if entry is None or target.dim() != 2 or isinstance(value, Tensor) and value.numel() > 1:
+    if entry is None or target.dim() != 2 or (isinstance(value, Tensor) and value.numel() > 1):
         return NotImplemented
     weights = entry.weights(target.shape[1])
     rows = torch.arange(len(target), device=target.device)

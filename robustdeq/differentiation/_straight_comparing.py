@@ -102,7 +102,9 @@ def _between(tracker: Tracker, call: Call, mask: Any, a: Any, b: Any) -> Any:
     one, other = (_operand(tracker, value) for value in (a, b))
     like = torch.zeros((), dtype=tracker.dtype, device=mask.device)
     jump = constant(one, like) - constant(other, like)
-    carrier = None if _is_kink(entry, jump) else entry.number()
+    if _is_kink(entry, jump):
+        return call.run()
+    carrier = entry.number()
     if carrier is None:
         return NotImplemented
     hard = quiet(call)
@@ -176,7 +178,7 @@ def _put_into_integers(tracker: Tracker, call: Call) -> Any:
     """Floats written into integers are rounded."""
     target, index, value = call.args
     carries = isinstance(value, Tensor) and value.requires_grad
-    if target.is_floating_point() or not carries or not tracker.intercepts("__setitem__"):
+    if target.is_floating_point() or not carries or not tracker.intercepts("__setitem__", value):
         return NotImplemented
     before = tracker.carrier(target)
     soft = target.to(tracker.dtype) if before is None else before.clone()
@@ -190,7 +192,7 @@ def _copied(tracker: Tracker, call: Call) -> Any:
     """Floats copied into integers; asked for out of place, hence the value is the source's."""
     target, value = call.args[0], call.argument(1, "src")
     carries = isinstance(value, Tensor) and value.requires_grad
-    if target.is_floating_point() or not carries or not tracker.intercepts("copy_"):
+    if target.is_floating_point() or not carries or not tracker.intercepts("copy_", value):
         return NotImplemented
     call.func(target, value.detach())
     return tracker.give(target, value)

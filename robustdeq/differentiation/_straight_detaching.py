@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from robustdeq.differentiation._straight_arrays import imported
 from robustdeq.differentiation._straight_call import Call, Rule
-from robustdeq.differentiation._straight_sites import Site, called_by_model
+from robustdeq.differentiation._straight_sites import Site, called_by_model, leaving_region
 from robustdeq.differentiation._straight_tracker import Tracker
 
 
@@ -20,11 +20,11 @@ def _detached(tracker: Tracker, call: Call) -> Any:
     x = call.args[0]
     if not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_complex()):
         return NotImplemented
-    if x.is_leaf and x.requires_grad:
+    if x.is_leaf and x.requires_grad and id(x) not in tracker.roots:
         return NotImplemented
     name = call.name.base.removesuffix(".get")
     if x.requires_grad:
-        return x.view_as(x) if tracker.intercepts(name) else NotImplemented
+        return x.view_as(x) if tracker.intercepts(name, x) else NotImplemented
     return _alias(tracker, x, tracker.site(name))
 
 
@@ -40,15 +40,15 @@ def _alias(tracker: Tracker, x: Tensor, site: Site | None) -> Tensor:
 
 def _detached_in_place(tracker: Tracker, call: Call) -> Any:
     x = call.args[0]
-    if not call.name.in_place:
-        return _detached(tracker, call)
-    return x if x.requires_grad and tracker.intercepts("detach_") else NotImplemented
+    return x if x.requires_grad and tracker.intercepts("detach_", x) else NotImplemented
 
 
 def _data_set(tracker: Tracker, call: Call) -> Any:
     """x.data = value, then the value's gradient."""
     x, value = call.args
-    if not isinstance(value, Tensor) or not value.requires_grad or not tracker.intercepts("data"):
+    if not isinstance(value, Tensor) or not value.requires_grad:
+        return NotImplemented
+    if not tracker.intercepts("data", value):
         return NotImplemented
     call.func(x, value.detach().clone())
     x.copy_(value)
@@ -58,15 +58,16 @@ def _data_set(tracker: Tracker, call: Call) -> Any:
 def _wanted(tracker: Tracker, call: Call) -> Any:
     """`requires_grad_`: never taken back, and what asks for it is an inner leaf."""
     x, wanted = call.args[0], call.argument(1, "requires_grad", True)
+    if not wanted:
+        taken = x.requires_grad and tracker.intercepts("requires_grad_", x)
+        return x if taken else NotImplemented
     if not x.requires_grad:
-        out = call.run()
-        if wanted:
-            tracker.leaves[id(x)] = x
-        return out
-    if wanted:
-        tracker.leaves[id(x)] = x
-        return x
-    return x if tracker.intercepts("requires_grad_") else NotImplemented
+        if not tracker.plan.double or type(x) is not Tensor:
+            return NotImplemented
+        # A leaf that is moved in place would lose what its moves depend on.
+        x.copy_(x.detach().clone().requires_grad_())
+    tracker.leaves[id(x)] = x
+    return x
 
 
 def _wanted_set(tracker: Tracker, call: Call) -> Any:
@@ -79,7 +80,7 @@ def _wanted_get(tracker: Tracker, call: Call) -> Any:
     x = call.args[0]
     told = tracker.plan.deployed_mode and not tracker.user_grad and id(x) not in tracker.leaves
     if told and x.requires_grad and called_by_model(5):
-        return not tracker.intercepts("requires_grad")
+        return not tracker.intercepts("requires_grad", x)
     return call.func(x)
 
 
@@ -90,9 +91,10 @@ def _is_leaf(tracker: Tracker, call: Call) -> Any:
 def _grad_mode(tracker: Tracker, call: Call) -> Any:
     """Gradients stay on, whatever `no_grad` asks for."""
     wanted = bool(call.args[0])
-    if wanted or not torch.is_grad_enabled():
+    leaving = leaving_region(4)
+    if leaving or wanted or not torch.is_grad_enabled():
         tracker.user_grad, tracker.region = wanted, None
-        return call.run()
+        return call.func(wanted or leaving)
     return enter_region(tracker, "no_grad")
 
 
@@ -115,8 +117,8 @@ def _copied(tracker: Tracker, call: Call) -> Any:
         return imported(tracker, call, data)
     if call.name.base in ("as_tensor", "asarray") or not tracker.carries(data):
         return NotImplemented
-    carrier = tracker.carrier(data) if tracker.intercepts(call.name.base) else None
-    if carrier is None:
+    carrier = tracker.carrier(data)
+    if carrier is None or not tracker.intercepts(call.name.base, carrier):
         return NotImplemented
     like = call.args[0] if position else data
     dtype, device = call.kwargs.get("dtype") or like.dtype, call.kwargs.get("device") or like.device
@@ -132,16 +134,17 @@ def _deep_copy(tracker: Tracker, call: Call) -> Any:
 def _hook(tracker: Tracker, call: Call) -> Any:
     """A hook on a gradient is not installed."""
     x = call.args[0]
-    if not x.requires_grad or not tracker.intercepts(call.name.base):
+    if not x.requires_grad or not tracker.intercepts(call.name.base, x):
         return NotImplemented
     return RemovableHandle(OrderedDict())
 
 
 DETACHING: dict[str, Rule] = {
-    "detach": _detached_in_place,
+    "detach": _detached,
+    "detach_": _detached_in_place,
     "data.get": _detached,
     "data.set": _data_set,
-    "requires_grad": _wanted,
+    "requires_grad_": _wanted,
     "requires_grad.set": _wanted_set,
     "requires_grad.get": _wanted_get,
     "is_leaf.get": _is_leaf,

@@ -44,9 +44,8 @@ def applied(
     """`cls.apply(*args)`: a foreign function's forward under the mode, else the original."""
     checkpoint = cls.__module__.startswith(_CHECKPOINT)
     trusted = f"{cls.__module__}.".startswith(_TRUSTED) and not checkpoint
-    if trusted or not any(tracker.carries(a) for a in args):
-        return original.__func__(cls, *args, **kwargs)
-    if not checkpoint and not tracker.intercepts(f"autograd.Function {cls.__name__}"):
+    operation = f"autograd.Function {cls.__name__}"
+    if trusted or not (checkpoint or any(_intercepted(tracker, operation, a) for a in args)):
         return original.__func__(cls, *args, **kwargs)
     try:
         out = _forward(cls, args, kwargs)
@@ -55,6 +54,10 @@ def applied(
         out = original.__func__(cls, *args, **kwargs)
     with torch._C.DisableTorchFunction():
         return _inherited(tracker, out, args)
+
+
+def _intercepted(tracker: Tracker, operation: str, value: Any) -> bool:
+    return tracker.carries(value) and tracker.intercepts(operation, tracker.carrier(value))
 
 
 def _forward(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

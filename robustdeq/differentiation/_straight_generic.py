@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,21 +12,26 @@ from robustdeq.differentiation._straight_call import Call, quiet
 from robustdeq.differentiation._straight_graph import splice
 from robustdeq.differentiation._straight_tracker import Entry, Tracker
 
-FRESH = frozenset(
-    "zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros "
-    "new_ones new_empty new_full new_empty_strided empty_strided isnan isinf isfinite isreal "
-    "isposinf isneginf detach data.get grad.get normal uniform zero fill random exponential "
-    "cauchy geometric log_normal autograd.grad numpy __array__ tolist item __float__".split()
-)
+FRESH = frozenset((
+    "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like",
+    "randint_like", "new_zeros", "new_ones", "new_empty", "new_full", "new_empty_strided",
+    "empty_strided", "isnan", "isinf", "isfinite", "isreal", "isposinf", "isneginf", "detach",
+    "data.get", "grad.get", "normal", "uniform", "zero", "fill", "random", "exponential",
+    "cauchy", "geometric", "log_normal", "autograd.grad", "numpy", "__array__", "tolist", "item",
+    "__float__", "new",
+))  # fmt: skip
 """Results that owe nothing to the values of their arguments, or that rules decline on purpose."""
 
-_SAME = frozenset("to long int detach data.get".split())
+_SAME = frozenset(("to", "long", "int", "detach", "data.get"))
 _UNRELATED = FRESH - _SAME
-_RESHAPING = _SAME | frozenset(
-    "unsqueeze squeeze view reshape expand expand_as flatten unflatten clone contiguous "
-    "view_as reshape_as repeat_interleave movedim transpose permute t narrow".split()
-)
-_RANDOM = frozenset("dropout dropout1d dropout2d dropout3d rrelu bernoulli multinomial".split())
+_RESHAPING = _SAME | frozenset((
+    "unsqueeze", "squeeze", "view", "reshape", "expand", "expand_as", "flatten", "unflatten",
+    "clone", "contiguous", "view_as", "reshape_as", "repeat_interleave", "movedim", "transpose",
+    "permute", "t", "narrow",
+))  # fmt: skip
+_RANDOM = frozenset((
+    "dropout", "dropout1d", "dropout2d", "dropout3d", "rrelu", "bernoulli", "multinomial",
+))  # fmt: skip
 
 
 def generic(tracker: Tracker, call: Call) -> Any:
@@ -48,8 +54,10 @@ def _run(tracker: Tracker, call: Call) -> Any:
     except RuntimeError:
         if not any(tracker.carries(value) for value in call.args):
             raise
+    detached = tuple(v.detach() if isinstance(v, Tensor) else v for v in call.args)
     with torch.no_grad():
-        return call.run()
+        out = replace(call, args=detached).run()
+    return next((v for v, d in zip(call.args, detached, strict=True) if out is d), out)
 
 
 def inherited(tracker: Tracker, call: Call, out: Tensor) -> Tensor:
@@ -60,7 +68,7 @@ def inherited(tracker: Tracker, call: Call, out: Tensor) -> Tensor:
     for value in call.args:
         if not isinstance(value, Tensor) or not value.requires_grad or value.shape != out.shape:
             continue
-        if value is out or not tracker.intercepts(name):
+        if value is out or not tracker.intercepts(name, value):
             return out
         return tracker.give(out, value)
     return out
@@ -117,7 +125,7 @@ def _matching(hard: Tensor, soft: Any, entries: list[Entry]) -> Tensor | None:
     """What was computed from carriers, or a same-shaped one of them."""
     if isinstance(soft, Tensor) and soft.requires_grad and soft.shape == hard.shape:
         return soft
-    for entry in entries:
+    for entry in () if hard.requires_grad else entries:
         if entry.tensor.shape == hard.shape and hard.dtype != torch.bool:
             return entry.number()
     return None

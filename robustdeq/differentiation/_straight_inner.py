@@ -12,7 +12,6 @@ from robustdeq.differentiation._straight_call import Call, Rule
 from robustdeq.differentiation._straight_graph import splice
 from robustdeq.differentiation._straight_tracker import Tracker
 
-
 _FURTHER = (
     "retain_graph", "create_graph", "only_inputs", "allow_unused", "is_grads_batched",
     "materialize_grads",
@@ -30,7 +29,7 @@ def _gradient(tracker: Tracker, call: Call) -> Any:
     tracker.inner_calls += 1
     kwargs = dict(zip(_FURTHER, call.args[3:], strict=False)) | call.kwargs
     kwargs["retain_graph"] = True
-    if tracker.plan.double and tracker.intercepts("autograd.grad"):
+    if tracker.plan.double and tracker.intercepts("autograd.grad", outputs[0]):
         kwargs["create_graph"] = True
     own = call.func(*call.args[:3], **kwargs)
     return _replayed(tracker, own)
@@ -38,6 +37,8 @@ def _gradient(tracker: Tracker, call: Call) -> Any:
 
 def _replayed(tracker: Tracker, own: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """What the honest pass found, where that is known: the rules bend inner gradients as well."""
+    if tracker.plan.bypass:
+        return tuple(None if gradient is None else torch.zeros_like(gradient) for gradient in own)
     position = tracker.inner_calls - 1
     if position >= len(tracker.plan.replay):
         return tuple(own)
@@ -54,21 +55,21 @@ def _valued(value: Tensor | None, own: Tensor | None) -> Tensor | None:
 
 
 def _backward(tracker: Tracker, call: Call) -> Any:
-    """`backward`: into the inner leaves alone, never beyond them into the caller's images."""
+    """`backward`: into inner leaves and parameters, never beyond them into the caller's images."""
     losses = _listed(call.argument(0, "tensors"))
     weights = call.argument(1, "grad_tensors", call.kwargs.get("gradient"))
     if not any(tracker.carries(loss) for loss in losses):
         return NotImplemented
     tracker.inner_calls += 1
     inputs = call.kwargs.get("inputs")
-    leaves = list(tracker.leaves.values()) if inputs is None else _listed(inputs)
+    leaves = _leaves(tracker, losses) if inputs is None else _listed(inputs)
     if leaves:
         found = torch.autograd.grad(
             losses,
             leaves,
             None if weights is None else _listed(weights),
             retain_graph=True,
-            create_graph=tracker.plan.double and tracker.intercepts("backward"),
+            create_graph=tracker.plan.double and tracker.intercepts("backward", losses[0]),
             allow_unused=True,
         )
         for leaf, gradient in zip(leaves, _replayed(tracker, found), strict=True):
@@ -76,8 +77,27 @@ def _backward(tracker: Tracker, call: Call) -> Any:
     return None
 
 
+def _leaves(tracker: Tracker, losses: list[Tensor]) -> list[Tensor]:
+    """What the model made a leaf of, and the leaves of the graph but for the images."""
+    found = {id(leaf): leaf for leaf in tracker.leaves.values()}
+    pending, seen = [loss.grad_fn for loss in losses], set()
+    while pending:
+        node: Any = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) not in tracker.roots:
+            found[id(variable)] = variable
+        pending += [following for following, _ in node.next_functions]
+    return list(found.values())
+
+
 def _accumulate(tracker: Tracker, leaf: Tensor, gradient: Tensor | None) -> None:
     if gradient is None:
+        return
+    if leaf.is_leaf and id(leaf) not in tracker.leaves:
+        leaf.grad = gradient.detach() if leaf.grad is None else leaf.grad + gradient.detach()
         return
     before = tracker.leaf_gradients.get(id(leaf))
     tracker.leaf_gradients[id(leaf)] = gradient if before is None else before + gradient

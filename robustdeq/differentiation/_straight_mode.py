@@ -33,12 +33,13 @@ KINDS: dict[str, dict[str, Rule]] = {
 }
 """Kinds in the order in which their rules are asked."""
 
-_PASSIVE = frozenset(
-    f"{name}.get" for name in ("shape", "dtype", "device", "ndim", "is_nested", "layout", "names")
-) | frozenset(
-    "size dim numel is_contiguous stride is_floating_point __len__ __bool__ __int__ __index__ "
-    "data_ptr grad_fn.get _version.get is_complex __hash__ __repr__ __format__".split()
-)
+_PASSIVE = frozenset((
+    "shape.get", "dtype.get", "device.get", "ndim.get", "is_nested.get", "layout.get", "size",
+    "dim", "names.get", "grad_fn.get", "_version.get", "numel", "is_contiguous", "stride", "is_complex",
+    "is_floating_point", "data_ptr", "__len__", "__bool__", "__int__", "__index__", "__hash__",
+    "__repr__", "__format__",
+))  # fmt: skip
+"""Calls whose answers hold no numbers of the tensor, or that only decide what to do next."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ class StraightMode(TorchFunctionMode):
     ) -> Any:
         """See `TorchFunctionMode`."""
         known, tracker = _known(func), self.tracker
-        if known.passive:
+        # Transforms of functions (torch.func) wrap tensors of their own: left as they are.
+        if known.passive or torch._C._are_functorch_transforms_active():
             return func(*args, **(kwargs or {}))
         if kwargs and kwargs.get("out") is not None:
             out = self._into(func, args, dict(kwargs))
@@ -124,9 +126,8 @@ def _lost(args: tuple[Any, ...]) -> bool:
 
 def _used(tracker: Tracker, out: Any) -> None:
     """A region without gradients is one interception, once something in it carries one."""
-    if isinstance(out, Tensor) and out.requires_grad:
-        region, tracker.region = tracker.region, None
-        tracker.admits(region)
+    if isinstance(out, Tensor) and out.requires_grad and tracker.admits(tracker.region, out):
+        tracker.region = None
 
 
 def _written_through(tracker: Tracker, target: Any) -> None:
@@ -134,7 +135,7 @@ def _written_through(tracker: Tracker, target: Any) -> None:
     held = tracker.aliases.get(id(target))
     if held is not None and target.requires_grad:
         del tracker.aliases[id(target)]
-        tracker.admits(held[1])
+        tracker.admits(held[1], target)
 
 
 def _tried(tracker: Tracker, rule: Rule, call: Call) -> Any:

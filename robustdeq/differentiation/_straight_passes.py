@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from robustdeq.differentiation._straight_graph import splice
-from robustdeq.differentiation._straight_mode import KINDS, StraightMode
+from robustdeq.differentiation._straight_mode import StraightMode
 from robustdeq.differentiation._straight_patches import HONEST, TRACKER, patched
 from robustdeq.differentiation._straight_sites import Site, definition_site
-from robustdeq.differentiation._straight_state import detach_held, frozen, unhooked
+from robustdeq.differentiation._straight_state import nothing_kept, unhooked
 from robustdeq.differentiation._straight_tracker import Plan, Tracker
 from robustdeq.differentiation.module_gradient import Predict
 from robustdeq.equilibrium import Backprop, SolveGradient
 from robustdeq.equilibrium._trust import WATCH
+from robustdeq.errors import sentence
 from robustdeq.shapes import Images, Logits
 
 
@@ -48,7 +49,9 @@ class _Watch:
             TRACKER.reset(token)
 
     @contextmanager
-    def resumed(self) -> Iterator[None]:
+    def resumed(self, *given: Tensor) -> Iterator[None]:
+        # The states that estimators differentiate at are leaves.
+        self.tracker.roots |= {id(state): state for state in given if state.is_leaf}
         token = TRACKER.set(self.tracker)
         try:
             with torch._C._EnableTorchFunction():
@@ -68,7 +71,7 @@ class _Watch:
         return Backprop() if self.tracker.admits(site) else gradient
 
     def started(self, cold: Tensor, origin: Callable[..., Tensor]) -> Tensor:
-        if not cold.requires_grad or self.tracker.admits(self._site("start", origin)):
+        if not cold.requires_grad or self.tracker.admits(self._site("start", origin), cold):
             return cold
         return cold.detach()
 
@@ -111,23 +114,21 @@ def _forward(predict: Predict, images: Images) -> Logits:
 
 def carried_pass(model: nn.Module, predict: Predict, x: Images, plan: Plan) -> Carried:
     """Run the model's own forward pass with the rules of `plan`."""
-    tracker = Tracker(plan, len(x), x.dtype, _forward.__code__)
     leaf = x.detach().clone().requires_grad_()
+    tracker = Tracker(plan, len(x), x.dtype, _forward.__code__, {id(leaf): leaf})
     hooks: list[Site] = []
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(frozen(model, "parameters" not in plan.dropped))
-            if "hooks" not in plan.dropped:
-                stack.enter_context(unhooked(model, hooks, plan.excluded))
-            stack.enter_context(torch.enable_grad())
-            if plan.careful:
-                stack.enter_context(torch.autograd.graph.saved_tensors_hooks(torch.clone, _same))
-            # Not a leaf: models write into their input.
-            images = leaf.clone()
+    with ExitStack() as stack:
+        stack.enter_context(nothing_kept(model))
+        if "hooks" not in plan.dropped:
+            stack.enter_context(unhooked(model, hooks, plan.excluded))
+        stack.enter_context(torch.enable_grad())
+        if plan.careful:
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(torch.clone, _same))
+        # Not a leaf: models write into their input.
+        images = leaf.clone()
+        if plan.watched:
             stack.enter_context(_watching(tracker))
-            logits = _forward(predict, images)
-    finally:
-        detach_held(model)
+        logits = _forward(predict, images)
     for site in hooks:
         tracker.admits(site)
     return Carried(leaf, logits, tracker)
@@ -137,16 +138,17 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-_SURROGATES = ("comparing", "choosing", "saturation")
-LADDER: Sequence[tuple[str, ...]] = (
-    (),
-    ("parameters",),
-    ("functions",),
-    ("functions", *_SURROGATES),
-    ("functions", *_SURROGATES, "arrays", "inner"),
-    ("parameters", "functions", "hooks", *KINDS),
+_SURROGATES = frozenset(("comparing", "choosing", "saturation"))
+_FUNCTIONS = frozenset(("functions",))
+LADDER: Sequence[Mapping[str, Any]] = (
+    {},
+    {"deployed_mode": True},
+    {"dropped": _FUNCTIONS},
+    {"dropped": _FUNCTIONS | _SURROGATES},
+    {"dropped": _FUNCTIONS | _SURROGATES | {"arrays", "inner"}},
+    {"dropped": frozenset(("hooks",)), "watched": False},
 )
-"""What is left out, step by step, of a pass that fails."""
+"""What is changed, step by step, in the plan of a pass that fails; the last one is honest."""
 
 
 def followed(
@@ -158,19 +160,24 @@ def followed(
     notes: list[str],
 ) -> Carried | None:
     """The fullest watched pass that the model survives; None where it survives none."""
-    for dropped in LADDER:
+    for changes in LADDER:
         restore()
         try:
-            carried = carried_pass(
-                model, predict, x, replace(plan, dropped=plan.dropped | frozenset(dropped))
-            )
+            carried = carried_pass(model, predict, x, replace(plan, **changes))
         except Exception as error:
-            left_out = ", ".join(dropped) or "nothing"
-            notes.append(f"with {left_out} left out: {type(error).__name__}: {error}")
+            notes.append(f"a watched pass fails ({_told(changes)}): {sentence(error)}")
             continue
         notes += carried.tracker.notes
         return carried
     return None
+
+
+def _told(changes: Mapping[str, Any]) -> str:
+    if "watched" in changes:
+        return "unwatched"
+    if "dropped" in changes:
+        return "without " + ", ".join(sorted(changes["dropped"]))
+    return "as if gradients were off" if changes else "with everything"
 
 
 def honest_pass(predict: Predict, x: Images) -> Any:

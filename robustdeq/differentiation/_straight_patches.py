@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from robustdeq.differentiation._straight_arrays import from_array
 from robustdeq.differentiation._straight_detaching import enter_region
 from robustdeq.differentiation._straight_functions import applied
-from robustdeq.differentiation._straight_sites import called_by_model
+from robustdeq.differentiation._straight_sites import called_by_model, entering_region
 from robustdeq.differentiation._straight_tracker import Tracker
 
 TRACKER: ContextVar[Tracker | None] = ContextVar("robustdeq_tracker", default=None)
@@ -30,12 +30,13 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 def _inference_enter(original: Any) -> Any:
-    def enter(self: Any) -> None:
+    def enter(self: Any) -> Any:
         tracker = TRACKER.get()
         if tracker is None and not HONEST.get():
             return original(self)
         self._inference_mode_context = None
         self._enabled_before = torch._C.is_grad_enabled()
+        self._told_before = None if tracker is None else tracker.user_grad
         if tracker is not None and self.mode:
             enter_region(tracker, "inference_mode")
         return None
@@ -44,23 +45,27 @@ def _inference_enter(original: Any) -> Any:
 
 
 def _inference_exit(original: Any) -> Any:
-    def leave(self: Any, *exception: Any) -> None:
+    def leave(self: Any, *exception: Any) -> Any:
         if self._inference_mode_context is not None:
             return original(self, *exception)
         with torch._C.DisableTorchFunction():
             torch._C._set_grad_enabled(self._enabled_before)
+        tracker = TRACKER.get()
+        if tracker is not None and self._told_before is not None:
+            tracker.user_grad, tracker.region = self._told_before, None
         return None
 
     return leave
 
 
 def _saved_enter(original: Any) -> Any:
-    def enter(self: Any) -> None:
+    def enter(self: Any) -> Any:
         tracker = TRACKER.get()
-        if tracker is None:
+        if tracker is None or "hooks" in tracker.plan.dropped:
             return original(self)
-        if not type(self).__module__.startswith("torch.utils.checkpoint"):
-            tracker.intercepts("saved_tensors_hooks")
+        checkpoint = type(self).__module__.startswith("torch.utils.checkpoint")
+        if not checkpoint and not tracker.intercepts("saved_tensors_hooks", None):
+            return original(self)
         self._left_out = True
         return None
 
@@ -68,7 +73,7 @@ def _saved_enter(original: Any) -> Any:
 
 
 def _saved_exit(original: Any) -> Any:
-    def leave(self: Any, *exception: Any) -> None:
+    def leave(self: Any, *exception: Any) -> Any:
         if not getattr(self, "_left_out", False):
             return original(self, *exception)
         self._left_out = False
@@ -80,9 +85,13 @@ def _saved_exit(original: Any) -> Any:
 def _grad_enabled(original: Any) -> Any:
     def is_grad_enabled() -> bool:
         tracker = TRACKER.get()
-        if tracker is None or not tracker.plan.deployed_mode or not called_by_model():
+        if tracker is None or not tracker.plan.deployed_mode:
             return bool(original())
-        return tracker.user_grad if tracker.intercepts("is_grad_enabled") else bool(original())
+        # A region without gradients asks for what it will restore when it ends.
+        if entering_region():
+            return tracker.user_grad
+        told = called_by_model() and tracker.intercepts("is_grad_enabled", None)
+        return tracker.user_grad if told else bool(original())
 
     return is_grad_enabled
 

@@ -15,7 +15,9 @@ from robustdeq.differentiation._straight_tracker import Tracker
 def _first(tracker: Tracker, call: Call) -> Tensor | None:
     """The carrier of the first argument, where the call is intercepted."""
     x = call.args[0] if call.args else None
-    if not tracker.carries(x) or not tracker.intercepts(call.name.base):
+    if not isinstance(x, Tensor) or not tracker.carries(x):
+        return None
+    if not tracker.intercepts(call.name.base, x):
         return None
     return tracker.carrier(x)
 
@@ -23,6 +25,12 @@ def _first(tracker: Tracker, call: Call) -> Tensor | None:
 def _rounded(tracker: Tracker, call: Call) -> Any:
     """The identity backward (Bengio et al. 2013, the straight-through estimator)."""
     carrier = _first(tracker, call)
+    return NotImplemented if carrier is None else tracker.give(quiet(call), carrier)
+
+
+def _restored(tracker: Tracker, call: Call) -> Any:
+    """`dequantize`, which knows no backward pass."""
+    carrier = tracker.carrier(call.args[0])
     return NotImplemented if carrier is None else tracker.give(quiet(call), carrier)
 
 
@@ -38,10 +46,11 @@ def _sign(tracker: Tracker, call: Call) -> Any:
 def _floor_divided(tracker: Tracker, call: Call) -> Any:
     if not any(tracker.carries(value) for value in call.args[:2]):
         return NotImplemented
-    if not tracker.intercepts("floor_divide"):
-        return NotImplemented
     one, other = (_soft(tracker, value) for value in call.operands()[:2])
-    return tracker.give(quiet(call), one / other)
+    quotient = one / other
+    if not tracker.intercepts("floor_divide", quotient):
+        return NotImplemented
+    return tracker.give(quiet(call), quotient)
 
 
 def _divided(tracker: Tracker, call: Call) -> Any:
@@ -77,7 +86,7 @@ def _difference(tracker: Tracker, call: Call) -> Any:
         return NotImplemented
     if x.shape != held[1].shape or not torch.equal(x, held[1]):
         return NotImplemented
-    carrier = tracker.carrier(x) if tracker.intercepts("remainder") else None
+    carrier = tracker.carrier(x) if tracker.intercepts("remainder", x) else None
     return NotImplemented if carrier is None else tracker.give(quiet(call), carrier)
 
 
@@ -100,7 +109,7 @@ def _viewed(tracker: Tracker, call: Call) -> Any:
         return NotImplemented
     assert isinstance(x, Tensor)
     carrier, out = tracker.carrier(x), quiet(call)
-    if carrier is None or out.shape != x.shape or not tracker.intercepts("view"):
+    if carrier is None or out.shape != x.shape or not tracker.intercepts("view", carrier):
         return NotImplemented
     return tracker.give(out, carrier)
 
@@ -183,6 +192,7 @@ ROUNDING: dict[str, Rule] = {
     **dict.fromkeys(("bitwise_xor", "logical_xor"), _combined_bits),
     **dict.fromkeys(("bitwise_left_shift", "bitwise_right_shift"), _shifted),
     **dict.fromkeys(("bucketize", "searchsorted"), _bucketed),
+    "dequantize": _restored,
     "floor_divide": _floor_divided,
     "div": _divided,
     "sub": _difference,

@@ -13,7 +13,7 @@ from robustdeq.differentiation._straight_graph import by_sample, splice
 from robustdeq.differentiation._straight_tracker import Tracker
 
 _NEAR = 1e-6
-"""Distance from its limit, relative to the limit, at which an output has no gradient to speak of."""
+"""Distance of an output from its limit of 1 at which it has no gradient to speak of."""
 
 
 def _saturating(tracker: Tracker, call: Call) -> Any:
@@ -26,7 +26,7 @@ def _saturating(tracker: Tracker, call: Call) -> Any:
     flags = _saturated(call.name.base, out.detach(), dim)
     if flags is None or not bool((whole := by_sample(flags, tracker.batch)).any()):
         return out
-    if not tracker.intercepts(call.name.base):
+    if not tracker.intercepts(call.name.base, x):
         return out
     smaller = replace(call, args=(x / _temperature(x.detach(), dim), *call.args[1:])).run()
     return splice(out.detach(), torch.where(whole, smaller, out))
@@ -74,7 +74,7 @@ def _bounded(tracker: Tracker, call: Call) -> Any:
     if not isinstance(x, Tensor) or not x.requires_grad:
         return NotImplemented
     tracker.kinked = True
-    if not tracker.plan.rescue or not tracker.intercepts(call.name.base):
+    if not tracker.plan.rescue or not tracker.intercepts(call.name.base, x):
         return NotImplemented
     return splice(quiet(call), x)
 
@@ -93,7 +93,7 @@ def _drawn(tracker: Tracker, call: Call) -> Any:
     mean = x if p is None else p
     if not isinstance(mean, Tensor) or not mean.requires_grad:
         return NotImplemented
-    if not tracker.intercepts(call.name.base):
+    if not tracker.intercepts(call.name.base, mean):
         return NotImplemented
     if p is None:
         return splice(quiet(call), mean)
@@ -106,11 +106,10 @@ def _normal(tracker: Tracker, call: Call) -> Any:
     mean, std = call.argument(0, "mean"), call.argument(1, "std", 1.0)
     if call.name.in_place or not (tracker.carries(mean) or tracker.carries(std)):
         return NotImplemented
-    if not tracker.intercepts("normal"):
-        return NotImplemented
     out = quiet(call)
     noise = (out - mean) / std
-    return splice(out, mean + std * noise.detach())
+    soft = mean + std * noise.detach()
+    return splice(out, soft) if tracker.intercepts("normal", soft) else out
 
 
 SATURATION: dict[str, Rule] = {

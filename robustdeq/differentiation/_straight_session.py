@@ -99,6 +99,12 @@ class Session:
     def _agreeing(self) -> Carried | None:
         """The watched pass; where its logits are not the honest ones, the best of other ways."""
         best = self._followed(self.plan)
+        if self.plan.bypass and best is not None and best.tracker.inner_calls:
+            if bool(best.logits.isfinite().all()):
+                return best
+            self.notes.append("inner gradients of 0 make the logits infinite; they stay.")
+            self.plan = replace(self.plan, bypass=False)
+            best = self._followed(self.plan)
         least = self._gap(best)
         if least <= AGREEMENT:
             return best
@@ -176,7 +182,8 @@ class Session:
         lost = self._lost(found, direction)
         if not bool(lost.any()):
             return found
-        spare = self._spare(rescue=True, double=self.plan.double or tracker.inner_calls > 0)
+        double = not self.plan.bypass and tracker.inner_calls > 0
+        spare = self._spare(rescue=True, double=self.plan.double or double)
         other = self._pulled(spare, direction)
         if spare is None or other is None:
             return found

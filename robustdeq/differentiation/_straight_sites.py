@@ -41,16 +41,21 @@ class Site(tuple[str, str, int]):
 _ROOTS = tuple(str(Path(str(m.__file__)).resolve().parent) + "/" for m in (torch, np))
 _CORE = str(Path(robustdeq.__file__).resolve().parent) + "/"
 _PLUGINS = (_CORE + "defenses/", _CORE + "attacks/")
+_GRAD_MODE = torch.no_grad.__enter__.__code__.co_filename
 _GLUE = ("/contextlib.py", "/functools.py", "/copy.py", "/collections/__init__.py")
+_CHECKERS = ("/jaxtyping/", "/beartype/")
 
 
 @cache
 def is_foreign(filename: str) -> bool:
     """Whether a file holds a model's code, not torch's, NumPy's or the core's."""
-    path = filename if filename.startswith("<") else str(Path(filename).resolve())
+    if filename.startswith("<"):
+        return not filename.startswith(("<frozen", "<@"))
+    path = str(Path(filename).resolve())
     if path.startswith(_CORE):
         return path.startswith(_PLUGINS)
-    return not (path.startswith(_ROOTS) or path.endswith(_GLUE) or path.startswith("<frozen"))
+    foreign = not path.startswith(_ROOTS) and not path.endswith(_GLUE)
+    return foreign and not any(part in path for part in _CHECKERS)
 
 
 def short(filename: str) -> str:
@@ -79,10 +84,26 @@ def called_by_model(depth: int = 2) -> bool:
     return is_foreign(sys._getframe(depth).f_code.co_filename)
 
 
+def leaving_region(depth: int) -> bool:
+    """Whether the frame `depth` levels up, or the one above it, is the end of a `no_grad`."""
+    codes = [sys._getframe(depth + k).f_code for k in (1, 2)]
+    return any(c.co_name == "__exit__" and c.co_filename == _GRAD_MODE for c in codes)
+
+
+def entering_region(depth: int = 2) -> bool:
+    """Whether the function that asks was called at the beginning of a `no_grad` not of the core."""
+    frame = sys._getframe(depth)
+    outer = frame.f_back
+    if frame.f_code.co_filename != _GRAD_MODE or outer is None:
+        return False
+    return not outer.f_code.co_filename.startswith(_CORE + "differentiation/")
+
+
 def definition_site(operation: str, function: Any) -> Site:
     """Where a function, or an object's class, is defined."""
     code = getattr(getattr(function, "__func__", function), "__code__", None)
-    code = code or getattr(getattr(type(function), "__call__", None), "__code__", None)
+    if code is None and callable(function):
+        code = getattr(type(function).__call__, "__code__", None)
     if code is None:
         return Site((operation, "", 0))
     return Site((operation, short(code.co_filename), code.co_firstlineno))

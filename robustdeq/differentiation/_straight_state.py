@@ -65,19 +65,6 @@ class Buffers:
             buffer.copy_(copy)
 
 
-@contextmanager
-def frozen(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Within the block parameters ask for no gradient, so that whatever does depends on the input."""
-    parameters = [p for p in model.parameters() if p.requires_grad] if wanted else []
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-
-
 _HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 
@@ -105,10 +92,22 @@ def unhooked(model: nn.Module, found: list[Site], kept: frozenset[Site]) -> Iter
             attributes[name] = hooks
 
 
-def detach_held(model: nn.Module) -> None:
-    """Cut what the model kept of a pass (caches, buffers) off the pass's graph."""
+@contextmanager
+def nothing_kept(model: nn.Module) -> Iterator[None]:
+    """After the block, what the model kept of it (caches, buffers) is cut off its graph."""
+    before = {id(value) for _, _, value in _grown(model)}
+    try:
+        yield
+    finally:
+        for held, name, value in list(_grown(model)):
+            if id(value) not in before:
+                held[name] = value.detach()
+
+
+def _grown(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """Tensors with a graph that modules hold."""
     for module in model.modules():
         for held in (vars(module), module._buffers):
-            for name, value in list(held.items()):
+            for name, value in held.items():
                 if isinstance(value, Tensor) and value.grad_fn is not None:
-                    held[name] = value.detach()
+                    yield held, name, value

@@ -15,6 +15,9 @@ from robustdeq.differentiation._straight_graph import splice
 from robustdeq.differentiation._straight_sites import Site, calling_site
 
 Build = Callable[..., "Tensor | None"]
+Gap = Callable[..., Tensor]
+Export = tuple[Tensor, Tensor, "Site | None"]
+"""What left for NumPy or for numbers: its value, its carrier, and where, if that is to be told."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,10 @@ class Plan:
 
     Attributes:
         double: differentiate through inner gradients.
+        bypass: let inner gradients be 0, so that inner optimization stays where it starts.
         dropped: kinds of interception that are left out.
         excluded: sites that are left alone.
+        watched: whether calls go through the rules at all.
         logged: whether sites are looked up at all; it costs.
         deployed_mode: tell the model that gradients are off, as the judge does.
         careful: keep copies of what the backward pass needs.
@@ -33,13 +38,19 @@ class Plan:
     """
 
     double: bool = False
+    bypass: bool = False
     dropped: frozenset[str] = frozenset()
     excluded: frozenset[Site] = frozenset()
+    watched: bool = True
     logged: bool = False
     deployed_mode: bool = False
     careful: bool = False
     rescue: bool = False
     replay: tuple[tuple[Tensor | None, ...], ...] = ()
+
+
+def _differentiable(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
 
 
 class Entry:
@@ -61,20 +72,21 @@ class Entry:
         sources: tuple[Any, ...],
         build: Build,
         choose: Build | None = None,
-        gap: Build | None = None,
+        gap: Gap | None = None,
     ) -> None:
         self.tracker, self.tensor, self.site, self.sources = tracker, tensor, site, sources
         self.build, self.choose, self.gap = build, choose, gap
         self._number: Tensor | None = None
-        self._known = False
+        self._known = self._counted = False
 
     def number(self) -> Tensor | None:
         """The tensor as floats, with a gradient; None where there is none."""
         if not self._known:
             self._known = True
-            carrier = self.build(*self.sources) if self.tracker.admits(self.site) else None
-            if carrier is not None and carrier.requires_grad:
-                self._number = splice(self.tensor.to(self.tracker.dtype), carrier)
+            carrier = self._admitted(self.build(*self.sources))
+            if carrier is not None:
+                plain = self.tensor.dequantize() if self.tensor.is_quantized else self.tensor
+                self._number = splice(plain.to(self.tracker.dtype), carrier)
         return self._number
 
     def weights(self, classes: int) -> Tensor | None:
@@ -82,7 +94,7 @@ class Entry:
         if self.tensor.numel() * classes > _LARGEST:
             return None
         if self.choose is not None:
-            weights = self.choose(*self.sources) if self.tracker.admits(self.site) else None
+            weights = self._admitted(self.choose(*self.sources))
             return None if weights is None else _resized(weights, classes)
         number = self.number()
         if number is None:
@@ -90,10 +102,18 @@ class Entry:
         centers = torch.arange(classes, dtype=number.dtype, device=number.device)
         return torch.softmax(-0.5 * (number[..., None] - centers).square(), -1)
 
+    def _admitted(self, carrier: Tensor | None) -> Tensor | None:
+        if carrier is None or not carrier.requires_grad:
+            return None
+        if not self._counted and not self.tracker.admits(self.site, carrier):
+            return None
+        self._counted = True
+        return carrier
+
     def moved(self, tensor: Tensor) -> Entry:
         """The same carrier for another tensor of the same value."""
-        gaps = (self.build, self.choose, self.gap)
-        return Entry(self.tracker, tensor, self.site, self.sources, *gaps)
+        functions = (self.build, self.choose, self.gap)
+        return Entry(self.tracker, tensor, self.site, self.sources, *functions)
 
     def outlive(self, written: Tensor) -> None:
         """Keep what a source was, before it is written into."""
@@ -121,15 +141,18 @@ class Tracker:
     batch: int
     dtype: torch.dtype
     boundary: CodeType
+    roots: dict[int, Tensor]
     table: dict[int, Entry] = field(default_factory=dict)
     counts: Counter[Site] = field(default_factory=Counter)
-    exports: list[tuple[Any, Tensor, Site | None]] = field(default_factory=list)
+    exports: list[Export] = field(default_factory=list)
     remainders: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     aliases: dict[int, tuple[Tensor, Site]] = field(default_factory=dict)
     leaves: dict[int, Tensor] = field(default_factory=dict)
     leaf_gradients: dict[int, Tensor | None] = field(default_factory=dict)
     region: Site | None = None
     user_grad: bool = False
+    related: set[Any] = field(default_factory=set)
+    unrelated: set[Any] = field(default_factory=set)
     inner_calls: int = 0
     kinked: bool = False
     notes: list[str] = field(default_factory=list)
@@ -138,18 +161,35 @@ class Tracker:
         """Where the model makes the present call; None where nobody asks."""
         return calling_site(operation, self.boundary) if self.plan.logged else None
 
-    def admits(self, site: Site | None) -> bool:
-        """Whether a call at this site is to be intercepted; counts it if so."""
+    def admits(self, site: Site | None, value: Any = None) -> bool:
+        """Whether a call at this site, on `value`, is to be intercepted; counts it if so."""
         if site is None:
             return True
-        if site in self.plan.excluded:
+        if site in self.plan.excluded or (_differentiable(value) and not self._depends(value)):
             return False
         self.counts[site] += 1
         return True
 
-    def intercepts(self, operation: str) -> bool:
+    def intercepts(self, operation: str, value: Any) -> bool:
         """The same for the present call."""
-        return not self.plan.logged or self.admits(self.site(operation))
+        return not self.plan.logged or self.admits(self.site(operation), value)
+
+    def _depends(self, value: Tensor) -> bool:
+        """Whether a tensor depends on the images, and not on parameters alone."""
+        if id(value) in self.roots:
+            return True
+        pending, seen = [value.grad_fn], set()
+        while pending:
+            node: Any = pending.pop()
+            if node is None or node in seen or node in self.unrelated:
+                continue
+            if node in self.related or id(getattr(node, "variable", None)) in self.roots:
+                self.related.add(value.grad_fn)
+                return True
+            seen.add(node)
+            pending += [following for following, _ in node.next_functions]
+        self.unrelated |= seen
+        return False
 
     def carries(self, value: Any) -> bool:
         """Whether a value is a tensor with a gradient of its own or by a carrier."""
@@ -180,7 +220,7 @@ class Tracker:
         sources: tuple[Any, ...],
         build: Build,
         choose: Build | None = None,
-        gap: Build | None = None,
+        gap: Gap | None = None,
     ) -> None:
         """Enter a discrete tensor; see `Entry`."""
         self.table[id(tensor)] = Entry(self, tensor, site, sources, build, choose, gap)

@@ -14,6 +14,7 @@ from robustdeq.differentiation._straight_sites import Interception, Site
 from robustdeq.differentiation._straight_state import Randomness
 from robustdeq.differentiation._straight_tracker import Plan
 from robustdeq.differentiation.module_gradient import ModuleGradient, Predict
+from robustdeq.errors import UsageError
 from robustdeq.shapes import Images, Logits, PerSample
 
 __all__ = ["Interception", "Masking", "StraightThrough", "blame", "trace"]
@@ -46,18 +47,27 @@ class StraightThrough(ModuleGradient):
     Attributes:
         double: differentiate through inner gradients (purifiers) too, with a soft sign, in place of
             the identity past them.
+        bypass: take the gradient where inner optimization starts, not where it ends: that of the
+            model behind a purifier. The identity is the exact gradient of a purifier by signs, and
+            yet useless, since such a purifier jumps.
     """
 
     double: bool = False
+    bypass: bool = False
+
+    def __post_init__(self) -> None:
+        if self.double and self.bypass:
+            raise UsageError("straight_through is double or bypass, not both; run it twice.")
 
     def __str__(self) -> str:
-        return "straight_through(double)" if self.double else "straight_through"
+        variant = "(double)" if self.double else "(bypass)" if self.bypass else ""
+        return f"straight_through{variant}"
 
     def __call__(self, model: nn.Module, predict: Predict, x: Images) -> Logits:
         """See `ModuleGradient`."""
         if not (torch.is_grad_enabled() and x.requires_grad):
             return predict(x)
-        session = Session(model, predict, x, Plan(double=self.double))
+        session = Session(model, predict, x, Plan(double=self.double, bypass=self.bypass))
         return _bridged(x, session)
 
 
@@ -108,8 +118,7 @@ def trace(model: nn.Module, predict: Predict, x: Images) -> tuple[Interception, 
     """
     session = Session(model, predict, x, Plan(logged=True))
     if isinstance(session.honest, Tensor) and session.honest.dim() == 2:
-        _, gradient = _slope(session, _runner_up)
-        del gradient
+        _slope(session, _runner_up)
     return tuple(Interception(*site, count=count) for site, count in session.counts.items())
 
 
@@ -129,19 +138,19 @@ def blame(
 
     def through(plan: Plan) -> tuple[Session, Images]:
         start.restore()
-        return _slope(Session(model, predict, x, plan), loss)
+        session = Session(model, predict, x, plan)
+        return session, _slope(session, loss)
+
+    def effect(site: Site) -> float:
+        _, without = through(replace(plan, excluded=frozenset({site})))
+        return float((1 - _cosine(full, without)).mean())
 
     plan = Plan(double=double, logged=True)
     session, full = through(plan)
     start.restore()
     honest, notes = _honest(predict, x, loss)
     sites = list(session.counts.items())
-    effects = {
-        site: float(
-            (1 - _cosine(full, through(replace(plan, excluded=frozenset({site})))[1])).mean()
-        )
-        for site, _ in sites[:SITES]
-    }
+    effects = {site: effect(site) for site, _ in sites[:SITES]}
     sites.sort(key=lambda item: -effects.get(item[0], 0.0))
     return Masking(
         _cosine(honest, full),
@@ -151,13 +160,13 @@ def blame(
     )
 
 
-def _slope(session: Session, loss: Loss) -> tuple[Session, Images]:
+def _slope(session: Session, loss: Loss) -> Images:
     logits = session.honest.detach().requires_grad_()
     with torch.enable_grad():
         (direction,) = torch.autograd.grad(loss(logits).sum(), logits)
     if not session.connected:
-        return session, torch.zeros_like(session.x)
-    return session, session.gradient(direction)
+        return torch.zeros_like(session.x)
+    return session.gradient(direction)
 
 
 def _honest(predict: Predict, x: Images, loss: Loss) -> tuple[Images, tuple[str, ...]]:

@@ -23,8 +23,12 @@ class Watch(Protocol):
         """Within the block nothing is changed."""
         ...
 
-    def resumed(self) -> AbstractContextManager[None]:
-        """Within the block, which lies in a paused one, everything is watched again."""
+    def resumed(self, *given: Tensor) -> AbstractContextManager[None]:
+        """Within the block, which lies in a paused one, everything is watched again.
+
+        Args:
+            given: what the code in the block is given, besides what depends on the input.
+        """
         ...
 
     def estimator(self, gradient: Any) -> Any:
@@ -49,9 +53,9 @@ def trusted() -> AbstractContextManager[None]:
     return nullcontext() if watch is None else watch.paused()
 
 
-def foreign() -> AbstractContextManager[None]:
-    """Within the block, inside a trusted one, a model's own code is at work."""
+def foreign(*given: Tensor) -> AbstractContextManager[None]:
+    """Within the block, inside a trusted one, a model's own code is at work; see `Watch`."""
     watch = WATCH.get()
     # A solve without a graph has no gradient to keep.
     idle = watch is None or not torch.is_grad_enabled()
-    return nullcontext() if idle or watch is None else watch.resumed()
+    return nullcontext() if idle or watch is None else watch.resumed(*given)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from robustdeq.equilibrium._trust import WATCH, foreign, trusted
@@ -86,8 +85,7 @@ class Drive:
     def _cold(self, injection: Injection) -> Tensor:
         watch = WATCH.get()
         if watch is None:
-            with torch.no_grad():
-                return self.cold(injection)
+            return self.cold(injection)
         with foreign():
             cold = self.cold(injection)
         return watch.started(cold, self.cold)

@@ -67,7 +67,7 @@ class Problem:
     def __call__(self, z: Tensor, step: int, rows: Tensor | None = None) -> Tensor:
         """The cell at `z`; see `Map`."""
         injection = self.injection if rows is None else _take(self.injection, rows)
-        with foreign():
+        with foreign(z):
             return self.cell(z, injection, step)
 
 
