@@ -125,13 +125,13 @@ class _Pupil:
         """Fit the surrogate to all answers."""
         inputs, logits = torch.cat(self.inputs), torch.cat(self.answers)
         wanted, labels = standardized(logits), logits.argmax(1)
-        weight = 1.0 if labels_alone(logits) else 0.1
+        by_value, by_label = (0.1, 1.0) if labels_alone(logits) else (1.0, 0.1)
         schedule = torch.optim.lr_scheduler.LinearLR(self.adam, 1.0, 0.05, steps)
         for _ in range(steps):
             rows = torch.randint(len(inputs), (BATCH,), generator=self.generator).to(labels)
             found = self.network(inputs[rows])
-            loss = F.mse_loss(found, wanted[rows])
-            loss = loss + weight * F.cross_entropy(2 * found, labels[rows])
+            loss = by_value * F.mse_loss(found, wanted[rows])
+            loss = loss + by_label * F.cross_entropy(2 * found, labels[rows])
             self.adam.zero_grad()
             loss.backward()
             self.adam.step()

@@ -31,7 +31,7 @@ class Joint:
     """Ascent with one evaluation of the cell, and one product with its Jacobian, per step.
 
     The state lags behind its input, so its loss proves nothing: the end of each ascent is
-    projected, solved cold by the deployed solver, and then polished by PGD. Mixing (`memory`)
+    projected, solved cold by the deployed solver, and polished by PGD if wanted. Mixing (`memory`)
     leaves the ball between steps and is projected back.
 
     Attributes:
@@ -59,7 +59,7 @@ class Joint:
     damping: float = 1.0
     adjoint_damping: float = 1.0
     memory: int = 0
-    polish: int = 10
+    polish: int = 0
 
     def __post_init__(self) -> None:
         if min(self.restarts, len(self.updates), len(self.losses)) < 1 or self.polish < 0:
@@ -80,7 +80,9 @@ class Joint:
         """See `robustdeq.interfaces.Attack`."""
         del classes
         ascents = self.restarts * len(self.losses)
-        calls = ascents * sum(self.steps * k // _EVALUATIONS + self.polish for k in self.updates)
+        calls = ascents * sum(
+            -(-self.steps * k // _EVALUATIONS) + self.polish for k in self.updates
+        )
         return Budget(2 + calls + ascents * len(self.updates), calls)
 
     def run(

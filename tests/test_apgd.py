@@ -83,25 +83,36 @@ def test_a_run_is_that_of_the_authors_code(norm: str, loss: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(9, 16), nn.Tanh(), nn.Linear(16, 5)).double()
     x = torch.rand(6, 1, 3, 3, dtype=torch.float64)
-    y, steps = model(x).argmax(1), 40
+    y = model(x).argmax(1)
     threat = Threat.parse(f"{norm}:0.3")
     library = Reference(model, norm=norm, eps=threat.eps, seed=0, device="cpu").apgd
-    library.loss, library.n_iter = loss, steps
+    library.loss = loss
     # Shifted: their first checkpoint asks whether the first loss is positive, ours whether it rose.
     library.dlr_loss = lambda logits, y: dlr(logits, y) + 10
-    library.n_iter_2, library.n_iter_min, library.size_decr = 8, 2, 1
     library.init_hyperparam(x)
     best, _, best_loss, _ = library.attack_single_run(x, y, x_init=x.clone())
-    rule = AutoPGD(x, threat, steps + 1)
-    rule.period, rule.shortest, rule.shortening = 8, 2, 1
+    rule = AutoPGD(x, threat, library.n_iter)
     target = Target(model, 5)
     objective = LogitLoss(target, y, named_loss(loss, 5))
     lanes = Lanes(torch.arange(6), torch.full((6,), -1), x)
     # One step more, which looks at the last point of the authors'.
-    ascend(objective, rule, steps + 1, lanes, Ledger(target, x, y), stop=False)
+    ascend(objective, rule, library.n_iter + 1, lanes, Ledger(target, x, y), stop=False)
     shift = 10 if loss == "dlr" else 0
     torch.testing.assert_close(rule.best.losses + shift, best_loss, rtol=0, atol=1e-6)
     torch.testing.assert_close(rule.best.x, best, rtol=0, atol=1e-5)
+
+
+def test_of_several_candidates_for_a_sample_the_best_is_kept(
+    linear: Linear, linear_data: tuple[Tensor, Tensor]
+) -> None:
+    x, y = linear_data[0][:2], linear_data[1][:2]
+    ledger = Ledger(Target(linear, 4), x, y)
+    steps = (linear.weight[(y + 1) % 4] - linear.weight[y]).detach().view_as(x)
+    candidates = torch.cat([x + share * steps for share in (0.02, 0.04, 0.03, -0.01)])
+    ledger.offer(torch.tensor([0, 1, 0, 1, 0, 1, 0, 1]), candidates)
+    assert torch.equal(ledger.x, candidates[2:4])
+    ledger.offer(torch.tensor([1, 1]), candidates[[1, 7]])
+    assert torch.equal(ledger.x, candidates[2:4])
 
 
 @pytest.mark.parametrize("loss", ["ce", "targeted_dlr"])
@@ -363,7 +374,7 @@ def test_tiny_gradients_of_a_confident_model_still_point(
 
     class Faint(Linear):
         def forward(self, x: Tensor) -> Tensor:
-            return 1e-25 * super().forward(x)
+            return 1e-34 * super().forward(x)
 
     x, y = linear_data
     threat = Threat.parse("L2:0.05")

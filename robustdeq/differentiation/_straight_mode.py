@@ -35,9 +35,9 @@ KINDS: dict[str, dict[str, Rule]] = {
 
 _PASSIVE = frozenset((
     "shape.get", "dtype.get", "device.get", "ndim.get", "is_nested.get", "layout.get", "size",
-    "dim", "names.get", "grad_fn.get", "_version.get", "numel", "is_contiguous", "stride", "is_complex",
-    "is_floating_point", "data_ptr", "__len__", "__bool__", "__int__", "__index__", "__hash__",
-    "__repr__", "__format__",
+    "dim", "names.get", "grad_fn.get", "_version.get", "numel", "is_contiguous", "stride",
+    "is_complex", "is_floating_point", "data_ptr", "__len__", "__bool__", "__int__",
+    "__index__", "__hash__", "__repr__", "__format__",
 ))  # fmt: skip
 """Calls whose answers hold no numbers of the tensor, or that only decide what to do next."""
 

@@ -64,10 +64,16 @@ class _Watch:
         if self.tracker.region is not None:
             region, self.tracker.region = self.tracker.region, None
             self.tracker.admits(region)
-        kind = type(gradient)
-        if kind.__module__.startswith(SolveGradient.__module__.rpartition(".")[0] + "."):
+        foreign = [
+            part for part in (gradient, getattr(gradient, "adjoint", None)) if _foreign(part)
+        ]
+        if not foreign:
             return gradient
-        site = self._site(f"SolveGradient {kind.__name__}", kind.carrier)
+        kind = type(foreign[0])
+        role, function = "Solver", getattr(kind, "method", None)
+        if isinstance(foreign[0], SolveGradient):
+            role, function = "SolveGradient", kind.carrier
+        site = self._site(f"{role} {kind.__name__}", function)
         return Backprop() if self.tracker.admits(site) else gradient
 
     def started(self, cold: Tensor, origin: Callable[..., Tensor]) -> Tensor:
@@ -93,6 +99,12 @@ class _Watch:
 
     def _site(self, operation: str, function: Any) -> Site | None:
         return definition_site(operation, function) if self.tracker.plan.logged else None
+
+
+def _foreign(part: Any) -> bool:
+    """Whether an estimator, or the solver of its adjoint, is not one of the core's."""
+    core = SolveGradient.__module__.rpartition(".")[0] + "."
+    return part is not None and not type(part).__module__.startswith(core)
 
 
 @contextmanager

@@ -47,7 +47,7 @@ class Session:
 
     def __init__(self, model: nn.Module, predict: Predict, x: Images, plan: Plan) -> None:
         self.model, self.predict, self.x, self.plan = model, predict, x.detach(), plan
-        self.notes: list[str] = []
+        self.notes = _scripted(model) if plan.logged else []
         self.counts: Counter[Site] = Counter()
         self.honest: Any = None
         self.carried: Carried | None = None
@@ -200,6 +200,13 @@ class Session:
         largest = found.abs().flatten(1).amax(1)
         none = largest <= _DEAD * asked
         return (asked > 0) & (none | (_alive(found) < _STARVED))
+
+
+def _scripted(model: nn.Module) -> list[str]:
+    """A sentence for each part of a model whose calls no function mode sees."""
+    parts = model.named_modules()
+    names = [name or "itself" for name, part in parts if isinstance(part, torch.jit.ScriptModule)]
+    return [f"{name} is a script module, and runs unwatched." for name in names]
 
 
 def _alive(gradient: Images) -> Tensor:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from robustdeq.differentiation import ModuleGradient, parse_gradient
 from robustdeq.equilibrium import EquilibriumClassifier, metered
 from robustdeq.errors import CaseError, RobustDEQError, sentence
-from robustdeq.evaluation.checks import check, is_randomized, run_checks
 from robustdeq.evaluation.curves import curve_rows
+from robustdeq.evaluation.gate import check, is_randomized, run_checks
 from robustdeq.evaluation.judge import Judge, Judgment
 from robustdeq.evaluation.pools import RowPool
 from robustdeq.evaluation.provenance import core_digest, environment
@@ -305,9 +305,7 @@ def _clean(chain: Chain, stage: Stage) -> _Result:
 def _checks(chain: Chain, stage: Stage) -> _Result:
     subject = chain.subject
     target = Target(subject.model, subject.classes, batch_size=subject.batch_size)
-    rows = run_checks(target, chain.chunk.x, chain.chunk.y)
-    if chain.records[0].meta.track == "randomized":
-        rows = [row for row in rows if row["name"] != "batch_dependent"]
+    rows = run_checks(target, chain.chunk.x, chain.chunk.y, subject.threat, subject.seed)
     if subject.case.get("training") == INCOMPLETE:
         rows.append(check("incomplete_training", 1.0, 0.0, len(chain.chunk.y)))
     return _Result(check_frame(rows))

@@ -1,0 +1,59 @@
+"""The plugin contracts as tests, for an author's own test suite.
+
+    from robustdeq.contract import assert_contract
+
+    def test_contract():
+        assert_contract(MyDefense())
+
+`robustdeq check` runs the same tests, and then the honesty checks on a trained model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from robustdeq.errors import UsageError
+from robustdeq.evaluation.attack_contract import attack_findings
+from robustdeq.evaluation.defense_contract import defense_findings
+from robustdeq.evaluation.findings import Finding, failures
+from robustdeq.evaluation.plugin_form import kind_of
+from robustdeq.evaluation.recipe_contract import recipe_findings
+
+__all__ = ["Finding", "assert_contract", "contract_findings"]
+
+
+def contract_findings(plugin: Any) -> list[Finding]:
+    """What the contract tests find on a defense, an attack or a recipe.
+
+    Nothing is trained and nothing is downloaded; the models are small and stand on the CPU.
+
+    Args:
+        plugin: an object, its parameters set.
+
+    Raises:
+        UsageError: if the object is none of the three.
+    """
+    tests: dict[str, Callable[[Any], list[Finding]]] = {
+        "defense": defense_findings,
+        "attack": attack_findings,
+        "recipe": recipe_findings,
+    }
+    kind = kind_of(plugin)
+    if kind is None or isinstance(plugin, type):
+        raise UsageError(
+            f"{plugin!r} is no plugin object; give one with a method build, run or loss, "
+            "such as MyDefense()."
+        )
+    return tests[kind](plugin)
+
+
+def assert_contract(plugin: Any) -> None:
+    """Fail with every broken rule and its remedy.
+
+    Raises:
+        AssertionError: naming each test that failed.
+        UsageError: if the object is no plugin.
+    """
+    broken = failures(contract_findings(plugin))
+    assert not broken, "\n".join(str(finding) for finding in broken)

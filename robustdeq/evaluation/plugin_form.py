@@ -1,0 +1,100 @@
+"""What all plugins must be: frozen dataclasses whose fields are plain parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import typing
+from typing import Any
+
+from robustdeq.evaluation.findings import Finding, Findings
+from robustdeq.keys import canonical, canonical_json
+from robustdeq.registry import Kind, parameters_of
+
+MEMBERS: dict[Kind, tuple[str, ...]] = {
+    "defense": ("about", "recipe", "build"),
+    "attack": ("needs", "run"),
+    "recipe": ("about", "prefix", "adversarial", "loss"),
+}
+
+_OPTIONAL = ("scope", "phase", "suited", "gradient", "solver_steps")
+"""Members that a plugin may have besides; they need no annotation."""
+
+
+def kind_of(cls: Any) -> Kind | None:
+    """What sort of plugin a class wants to be, by the method that only it has."""
+    methods: dict[Kind, str] = {"defense": "build", "attack": "run", "recipe": "loss"}
+    if not isinstance(cls, type):
+        cls = type(cls)
+    return next(
+        (kind for kind, name in methods.items() if callable(getattr(cls, name, None))), None
+    )
+
+
+def form(plugin: Any, kind: Kind) -> list[Finding]:
+    """The findings on a plugin object's class and parameters."""
+    found, cls = Findings(), type(plugin)
+    found.run(
+        "frozen_dataclass",
+        "Decorate the class with @dataclass(frozen=True, kw_only=True).",
+        lambda: _frozen(cls),
+    )
+    found.run(
+        "members",
+        "Add what is missing; see robustdeq/interfaces.py.",
+        lambda: _missing(cls, kind),
+    )
+    found.run(
+        "annotated_fields",
+        "Annotate each parameter with int, float, str, bool, a Literal or a tuple of them.",
+        lambda: _untyped(cls),
+    )
+    found.run(
+        "json_parameters",
+        "Keep parameters to numbers, texts, lists and dicts: they go into keys and suites.",
+        lambda: _unwritable(plugin),
+    )
+    found.run(
+        "picklable",
+        "Define the class at the top of its module: workers are sent it by name.",
+        lambda: "" if pickle.loads(pickle.dumps(plugin)) == plugin else "the copy differs",
+    )
+    return found.items
+
+
+def _frozen(cls: type) -> str:
+    if not dataclasses.is_dataclass(cls):
+        return f"{cls.__name__} is no dataclass"
+    parameters = cls.__dataclass_params__  # type: ignore[attr-defined]
+    return "" if parameters.frozen else f"{cls.__name__} can be changed after it was made"
+
+
+def _missing(cls: type, kind: Kind) -> str:
+    lacking = [name for name in MEMBERS[kind] if not hasattr(cls, name)]
+    return f"a {kind} lacks {', '.join(lacking)}" if lacking else ""
+
+
+def _untyped(cls: type) -> str:
+    """Names that are assigned in the class, look like parameters, and are no fields."""
+    hints = typing.get_type_hints(cls)
+    known = {*_OPTIONAL, *(name for names in MEMBERS.values() for name in names)}
+    loose = [
+        name
+        for name, value in vars(cls).items()
+        if not name.startswith("_")
+        and name not in hints
+        and name not in known
+        and isinstance(value, bool | int | float | str | tuple | list | dict)
+    ]
+    return f"{', '.join(loose)} has no annotation and so is no parameter" if loose else ""
+
+
+def _unwritable(plugin: Any) -> str:
+    parameters = parameters_of(plugin)
+    try:
+        canonical_json(parameters)
+    except TypeError as cause:
+        return str(cause)
+    again = type(plugin)(**parameters)
+    same = canonical(parameters_of(again)) == canonical(parameters)
+    return "" if same else "made again from its parameters it has others"

@@ -1,0 +1,104 @@
+"""An evaluation that knows nothing of a defect comes as low as an attack that does, and flags it.
+
+The oracles in turn are held against a closed form, AutoAttack, and the honest model.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from planted import BASE, DEFECTS, THREAT, Defect, images
+from planted_models import Planted
+from planted_oracle import Effort, robust_under
+from toys import Linear
+
+import robustdeq
+from robustdeq.threats import Threat
+
+SLACK = 0.02
+"""Of robust accuracy, on 200 images: four of them."""
+HARMLESS = ("left_out",)
+"""Flags that say nothing against a model."""
+SEEDS = ("", "_seed1", "_seed2")
+HONEST = (
+    "Madry2018Towards_deq",
+    "Madry2018Towards_wide_resnet",
+    "Chu2023Learning_module_pgd_at",
+    "Chu2023Learning_neither_pgd_at",
+    "Yang2023Improving_plain_pgd_at",
+    "Yang2023Improving_random_states_pgd_at",
+    "Gurumurthy2021Joint_joint12",
+    "Gurumurthy2021Joint_joint42",
+    "Gurumurthy2021Joint_pgd2",
+    "Song2023Revisiting_dense",
+    "Song2023Revisiting_distinct0.5",
+    "Gkillas2023Deep_samples_iid_pgd_at",
+)
+"""Families of shipped rows, three training seeds each."""
+
+by_name = pytest.mark.parametrize("defect", DEFECTS, ids=[d.name for d in DEFECTS])
+
+
+def named(flags: tuple[str, ...]) -> set[str]:
+    """The names of flags, without their figures."""
+    return {flag.partition("=")[0].partition(":")[0] for flag in flags}
+
+
+@by_name
+def test_planted_defect_is_broken_and_flagged(defect: Defect) -> None:
+    x, y = images()
+    verdict = robustdeq.evaluate(defect.model(), x, y, threat=THREAT, battery="adaptive")
+    assert verdict.robust_acc is not None, verdict.note
+    assert verdict.robust_acc <= defect.oracle(x, y) + SLACK
+    assert named(verdict.flags) & set(defect.flags), verdict.flags
+
+
+@by_name
+def test_planted_models_predict_as_their_base_does(defect: Defect) -> None:
+    x, _ = images()
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        agreement = defect.model()(x).argmax(1) == robustdeq.load_model(BASE)(x).argmax(1)
+    assert float(agreement.float().mean()) > 0.94
+
+
+@pytest.mark.parametrize("name", ["EmptyBackward", "RoundedLogits", "FlippingHook"])
+def test_planted_defect_deceives_autoattack_alone(name: str) -> None:
+    defect = next(d for d in DEFECTS if d.name == name)
+    assert defect.hidden
+    x, y = images(40)
+    verdict = robustdeq.evaluate(defect.model(), x, y, threat=THREAT, battery="standard")
+    assert verdict.robust_acc is not None
+    assert verdict.robust_acc > defect.oracle(x, y) + SLACK
+
+
+def test_planted_oracle_is_as_strong_as_autoattack_on_the_honest_model() -> None:
+    x, y = images(100)
+    model = Planted(robustdeq.load_model(BASE)).eval()
+    verdict = robustdeq.evaluate(model, x, y, threat=THREAT, battery="standard")
+    found = robust_under(model, (model.layers.logits,), x, y, THREAT, Effort())
+    assert verdict.robust_acc is not None
+    assert float(found.float().mean()) <= verdict.robust_acc
+    assert 0.2 < verdict.robust_acc < 0.45
+
+
+def test_planted_oracle_is_exact_on_a_linear_model(linear: Linear) -> None:
+    x = 0.3 + 0.4 * torch.rand(60, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    y = linear(x).argmax(1).detach()
+    threat = Threat.parse("Linf:0.01")
+    logits, w = linear(x).detach(), linear.weight.detach()
+    slack = logits.gather(1, y[:, None]) - logits
+    slack = slack - threat.eps * (w[y][:, None] - w[None]).abs().sum(2)
+    slack[torch.arange(len(y)), y] = torch.inf
+    found = robust_under(linear, (linear,), x, y, threat, Effort(targets=3))
+    assert torch.equal(found, slack.amin(1) > 0)
+    assert 0 < int(found.sum()) < len(y)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("family", HONEST)
+def test_planted_controls_raise_no_flag(family: str, seed: str) -> None:
+    x, y = images(100)
+    model = robustdeq.load_model(family + seed)
+    verdict = robustdeq.evaluate(model, x, y, threat="Linf:3/16", attacks=["pgd"])
+    assert named(verdict.flags) <= set(HARMLESS)
