@@ -1,4 +1,4 @@
-"""`robustdeq list`."""
+"""`robustdeq list` and `check`."""
 
 from __future__ import annotations
 
@@ -63,3 +63,28 @@ def _cell(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{k}={v}" for k, v in value.items())
     return str(value)
+
+
+@APP.command()
+def check(
+    reference: Annotated[
+        str, typer.Argument(help="MODULE:NAME, FILE.py, or a registered plugin's name.")
+    ],
+    dataset: Annotated[str, typer.Option(help="What the honesty checks train and look at.")] = (
+        "digits"
+    ),
+    threat: Annotated[str | None, typer.Option(help="As in Linf:8/255; the data set's own.")] = (
+        None
+    ),
+    minutes: Annotated[float, typer.Option(help="Of training before the honesty checks.")] = 0.5,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Contract tests and honesty checks on a plugin; exit 1 naming what fails."""
+    from robustdeq.evaluation.check_plugin import check_plugin
+
+    del debug
+    report = check_plugin(reference, dataset=dataset, threat=threat or "", minutes=minutes)
+    for line in report.lines():
+        OUT.print(escape(line), highlight=False)
+    if not report.ok:
+        raise typer.Exit(1)
