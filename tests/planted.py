@@ -135,6 +135,7 @@ DEFECTS = (
     ),
     # Gradients that are missing
     Defect(models.EmptyBackward, "everything; backward replaced by the identity", MISSING),
+    Defect(models.BufferCopy, "everything; copies through .data as the identity", MISSING),
     Defect(models.ZeroingHook, "everything; hooks left out", MISSING),
     Defect(models.InferenceMode, "everything; inference mode kept off", MISSING),
     Defect(
@@ -169,6 +170,19 @@ DEFECTS = (
         "everything; comparisons as slopes, or the identity around the encoder",
         STEPPED,
         (past, inside),
+    ),
+    Defect(
+        models.IntegerCast,
+        "everything; the cast as the identity",
+        STEPPED,
+        (past, inside),
+    ),
+    Defect(
+        models.Codebook,
+        "everything; the nearest entry as the patch itself",
+        STEPPED,
+        (past, inside),
+        RESTARTED,
     ),
     Defect(
         models.NumpyJPEG,

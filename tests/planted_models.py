@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from robustdeq.datasets import load_slice
+
 STEPS = 5
 """Steps of the base's cell, from 0."""
 
@@ -186,6 +188,39 @@ class Thermometer(Planted):
     def seen(self, x: Tensor) -> Tensor:
         thresholds = (torch.arange(8) + 0.5) / 8
         return (x[..., None] > thresholds).float().mean(-1)
+
+
+class IntegerCast(Planted):
+    """Stored as integers of 4 bits, as an image file would."""
+
+    def seen(self, x: Tensor) -> Tensor:
+        return (15 * x + 0.5).to(torch.uint8).float() / 15
+
+
+class Codebook(Planted):
+    """Patches of 2x2 pixels replaced by the nearest entry of a codebook: argmin and a look-up."""
+
+    def __init__(self, base: Any) -> None:
+        super().__init__(base)
+        digits = torch.from_numpy(load_slice("digits", "train", 400).images).float() / 255
+        patches = F.unfold(digits, 2, stride=2).transpose(1, 2).reshape(-1, 4)
+        order = torch.randperm(len(patches), generator=torch.Generator().manual_seed(0))
+        self.register_buffer("entries", patches[order[:400]])
+
+    def seen(self, x: Tensor) -> Tensor:
+        patches = F.unfold(x, 2, stride=2).transpose(1, 2)
+        entries = self.get_buffer("entries")
+        nearest = torch.cdist(patches, entries[None]).argmin(2)
+        return F.fold(entries[nearest].transpose(1, 2), (8, 8), 2, stride=2)
+
+
+class BufferCopy(Planted):
+    """Pixels written into a buffer of the module through `.data`."""
+
+    def seen(self, x: Tensor) -> Tensor:
+        buffer = torch.empty_like(x)
+        buffer.data[:] = x.data
+        return buffer
 
 
 class NumpyJPEG(Planted):

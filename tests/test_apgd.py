@@ -86,7 +86,8 @@ def test_a_run_is_that_of_the_authors_code(norm: str, loss: str) -> None:
     y = model(x).argmax(1)
     threat = Threat.parse(f"{norm}:0.3")
     library = Reference(model, norm=norm, eps=threat.eps, seed=0, device="cpu").apgd
-    library.loss = loss
+    library.loss, library.n_iter = loss, 60
+    library.n_iter_2, library.n_iter_min, library.size_decr = 13, 3, 1
     # Shifted: their first checkpoint asks whether the first loss is positive, ours whether it rose.
     library.dlr_loss = lambda logits, y: dlr(logits, y) + 10
     library.init_hyperparam(x)

@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 from toys import ToyEquilibrium
 
 from robustdeq.differentiation.straight_through import StraightThrough, blame, trace
-from robustdeq.equilibrium import FixedPoint, Implicit, Solve, SolveGradient, Unrolled
+from robustdeq.equilibrium import FixedPoint, Implicit, Solve, SolveGradient
 from robustdeq.errors import UsageError
 from robustdeq.targets import Target
 
@@ -251,14 +251,6 @@ class ReadsStates(ToyEquilibrium):
         return self.readout(states[-1])
 
 
-class StartsNearTheEnd(ToyEquilibrium):
-    def start(self, injection: Tensor) -> Tensor:  # start
-        return torch.tanh(injection)
-
-    def cell(self, z: Tensor, injection: Tensor, step: int) -> Tensor:
-        return 0.9 * z
-
-
 class Nothing(SolveGradient):
     def carrier(self, problem: Any, solution: Solve, solver: Any) -> Solve:  # SolveGradient Nothing
         return solution
@@ -282,7 +274,6 @@ EQUILIBRIA = {
     "Solve.states": ReadsStates(),
     "SolveGradient Nothing": ToyEquilibrium(gradient=Nothing()),
     "Solver Cancelling": ToyEquilibrium(gradient=Implicit(Cancelling())),
-    "start": StartsNearTheEnd(FixedPoint(tolerance=0.0, max_steps=5), Unrolled(5)),
 }
 
 
@@ -295,10 +286,6 @@ def test_masks_of_equilibrium_models(name: str, toy_images: Tensor) -> None:
     logits, gradient = pulled(target.through(StraightThrough()), toy_images)
     assert torch.equal(logits, value)
     expected = pulled(Target(ToyEquilibrium(), 4), toy_images)[1]
-    if operation == "start":
-        leaf = toy_images.clone().requires_grad_()
-        z = 0.9**5 * torch.tanh(model.embed(leaf))
-        (expected,) = torch.autograd.grad(weighted(model.readout(z)).sum(), leaf)
     assert cosine(gradient, expected) > 0.999
     (found,) = blame(model, lambda x: target(x).logits, toy_images, weighted).interceptions
     text = Path(__file__).read_text().splitlines()[found.line - 1]

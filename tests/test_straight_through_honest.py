@@ -129,6 +129,14 @@ def test_trusted_solves_keep_every_bit(gradient: Any, solver: Any, toy_images: T
     check_untouched(ToyEquilibrium(solver, gradient), toy_images, 4)
 
 
+def test_a_start_that_depends_on_the_image_is_no_mask(toy_images: Tensor) -> None:
+    class StartsNearTheEnd(ToyEquilibrium):
+        def start(self, injection: Tensor) -> Tensor:
+            return torch.tanh(injection)
+
+    check_untouched(StartsNearTheEnd(FixedPoint(max_steps=5), Unrolled(5)), toy_images, 4)
+
+
 def test_training_mode_draws_and_keeps_its_state_as_one_pass_would(
     digits: tuple[Tensor, Tensor],
 ) -> None:

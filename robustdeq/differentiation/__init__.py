@@ -11,7 +11,13 @@ from robustdeq.differentiation.names import (
     parse_gradient,
     white_box_protocol,
 )
-from robustdeq.differentiation.straight_through import StraightThrough
+from robustdeq.differentiation.straight_through import (
+    Interception,
+    Masking,
+    StraightThrough,
+    blame,
+    trace,
+)
 
 __all__ = [
     "BIAS",
@@ -20,10 +26,14 @@ __all__ = [
     "Expectation",
     "FiniteDifference",
     "Gradient",
+    "Interception",
+    "Masking",
     "ModuleGradient",
     "Smoothed",
     "StraightThrough",
+    "blame",
     "expand_gradients",
     "parse_gradient",
+    "trace",
     "white_box_protocol",
 ]

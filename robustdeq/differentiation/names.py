@@ -77,7 +77,9 @@ def _smoothed(draws: str, sigma: str, inner: str = "") -> Gradient:
 
 
 def _straight_through(mode: str = "") -> Gradient:
-    return StraightThrough(double=_word(mode, "double"))
+    if mode not in ("", "double", "bypass"):
+        raise ValueError
+    return StraightThrough(double=mode == "double", bypass=mode == "bypass")
 
 
 def _word(text: str, word: str) -> bool:
@@ -146,7 +148,7 @@ _KINDS: Mapping[str, _Kind] = {
         "The gradient of the model blurred by SIGMA, on purpose; noisy at few draws.",
     ),
     "straight_through": _Kind(
-        "[double]",
+        "[double|bypass]",
         _straight_through,
         "Wrong by as much as the steps that mask differ from the identity put in their place.",
     ),

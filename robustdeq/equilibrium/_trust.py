@@ -7,7 +7,6 @@ here has an effect outside of such a pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -35,10 +34,6 @@ class Watch(Protocol):
         """The estimator to drive a solve with in place of the model's own."""
         ...
 
-    def started(self, cold: Tensor, origin: Callable[..., Tensor]) -> Tensor:
-        """A start, which may carry a gradient; `origin` made it."""
-        ...
-
     def carried(self, states: tuple[Tensor, ...], z: Tensor) -> tuple[Tensor, ...]:
         """Kept states, which carry no gradient, with that of the answer `z`."""
         ...
@@ -57,5 +52,6 @@ def foreign(*given: Tensor) -> AbstractContextManager[None]:
     """Within the block, inside a trusted one, a model's own code is at work; see `Watch`."""
     watch = WATCH.get()
     # A solve without a graph has no gradient to keep.
-    idle = watch is None or not torch.is_grad_enabled()
-    return nullcontext() if idle or watch is None else watch.resumed(*given)
+    if watch is None or not torch.is_grad_enabled():
+        return nullcontext()
+    return watch.resumed(*given)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from robustdeq.differentiation._straight_graph import splice
-from robustdeq.differentiation._straight_mode import StraightMode
-from robustdeq.differentiation._straight_patches import HONEST, TRACKER, patched
-from robustdeq.differentiation._straight_sites import Site, definition_site
-from robustdeq.differentiation._straight_state import nothing_kept, unhooked
-from robustdeq.differentiation._straight_tracker import Plan, Tracker
 from robustdeq.differentiation.module_gradient import Predict
+from robustdeq.differentiation.straight_through.graph import splice
+from robustdeq.differentiation.straight_through.mode import StraightMode
+from robustdeq.differentiation.straight_through.patches import HONEST, TRACKER, patched
+from robustdeq.differentiation.straight_through.sites import Site, definition_site
+from robustdeq.differentiation.straight_through.state import nothing_kept, unhooked
+from robustdeq.differentiation.straight_through.tracker import Plan, Tracker
 from robustdeq.equilibrium import Backprop, SolveGradient
 from robustdeq.equilibrium._trust import WATCH
 from robustdeq.errors import sentence
@@ -69,17 +69,12 @@ class _Watch:
         ]
         if not foreign:
             return gradient
-        kind = type(foreign[0])
+        kind: Any = type(foreign[0])
         role, function = "Solver", getattr(kind, "method", None)
         if isinstance(foreign[0], SolveGradient):
             role, function = "SolveGradient", kind.carrier
         site = self._site(f"{role} {kind.__name__}", function)
         return Backprop() if self.tracker.admits(site) else gradient
-
-    def started(self, cold: Tensor, origin: Callable[..., Tensor]) -> Tensor:
-        if not cold.requires_grad or self.tracker.admits(self._site("start", origin), cold):
-            return cold
-        return cold.detach()
 
     def carried(self, states: tuple[Tensor, ...], z: Tensor) -> tuple[Tensor, ...]:
         """The states' gradient is that of the answer which they lead to."""

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from robustdeq.differentiation._straight_arrays import imported
-from robustdeq.differentiation._straight_call import Call, Rule
-from robustdeq.differentiation._straight_sites import Site, called_by_model, leaving_region
-from robustdeq.differentiation._straight_tracker import Tracker
+from robustdeq.differentiation.straight_through.arrays import imported
+from robustdeq.differentiation.straight_through.call import Call, Rule
+from robustdeq.differentiation.straight_through.sites import Site, called_by_model, leaving_region
+from robustdeq.differentiation.straight_through.tracker import Tracker
 
 
 def _detached(tracker: Tracker, call: Call) -> Any:

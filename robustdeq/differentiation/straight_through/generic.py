@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustdeq.differentiation._straight_call import Call, quiet
-from robustdeq.differentiation._straight_graph import splice
-from robustdeq.differentiation._straight_tracker import Entry, Tracker
+from robustdeq.differentiation.straight_through.call import Call, quiet
+from robustdeq.differentiation.straight_through.graph import splice
+from robustdeq.differentiation.straight_through.tracker import Entry, Tracker
 
 FRESH = frozenset((
     "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like",

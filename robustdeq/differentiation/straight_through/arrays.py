@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustdeq.differentiation._straight_call import Call, Rule, called
-from robustdeq.differentiation._straight_tracker import Export, Tracker
+from robustdeq.differentiation.straight_through.call import Call, Rule, called
+from robustdeq.differentiation.straight_through.tracker import Export, Tracker
 
 _RELATED = 0.3
 """Correlation from which what comes back is taken to be made of what went out."""

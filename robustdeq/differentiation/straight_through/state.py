@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robustdeq.differentiation._straight_sites import Site, definition_site
+from robustdeq.differentiation.straight_through.sites import Site, definition_site
 
 
 @dataclass

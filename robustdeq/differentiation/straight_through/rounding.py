@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustdeq.differentiation._straight_call import Call, Rule, quiet
-from robustdeq.differentiation._straight_graph import row_scale
-from robustdeq.differentiation._straight_tracker import Tracker
+from robustdeq.differentiation.straight_through.call import Call, Rule, quiet
+from robustdeq.differentiation.straight_through.graph import row_scale
+from robustdeq.differentiation.straight_through.tracker import Tracker
 
 
 def _first(tracker: Tracker, call: Call) -> Tensor | None:

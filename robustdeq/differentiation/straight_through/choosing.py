@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustdeq.differentiation._straight_call import Call, Rule, constant, quiet
-from robustdeq.differentiation._straight_graph import join, row_scale, weighted
-from robustdeq.differentiation._straight_tracker import Entry, Tracker
+from robustdeq.differentiation.straight_through.call import Call, Rule, constant, quiet
+from robustdeq.differentiation.straight_through.graph import join, row_scale, weighted
+from robustdeq.differentiation.straight_through.tracker import Entry, Tracker
 
 
 def _argument(tracker: Tracker, call: Call) -> Any:

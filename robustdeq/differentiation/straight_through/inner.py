@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustdeq.differentiation._straight_call import Call, Rule
-from robustdeq.differentiation._straight_graph import splice
-from robustdeq.differentiation._straight_tracker import Tracker
+from robustdeq.differentiation.straight_through.call import Call, Rule
+from robustdeq.differentiation.straight_through.graph import splice
+from robustdeq.differentiation.straight_through.tracker import Tracker
 
 _FURTHER = (
     "retain_graph", "create_graph", "only_inputs", "allow_unused", "is_grads_batched",

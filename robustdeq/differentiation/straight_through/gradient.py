@@ -9,11 +9,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from robustdeq.differentiation._straight_session import Session
-from robustdeq.differentiation._straight_sites import Interception, Site
-from robustdeq.differentiation._straight_state import Randomness
-from robustdeq.differentiation._straight_tracker import Plan
 from robustdeq.differentiation.module_gradient import ModuleGradient, Predict
+from robustdeq.differentiation.straight_through.session import Session
+from robustdeq.differentiation.straight_through.sites import Interception, Site
+from robustdeq.differentiation.straight_through.state import Randomness
+from robustdeq.differentiation.straight_through.tracker import Plan
 from robustdeq.errors import UsageError
 from robustdeq.shapes import Images, Logits, PerSample
 

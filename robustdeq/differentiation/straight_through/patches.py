@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustdeq.differentiation._straight_arrays import from_array
-from robustdeq.differentiation._straight_detaching import enter_region
-from robustdeq.differentiation._straight_functions import applied
-from robustdeq.differentiation._straight_sites import called_by_model, entering_region
-from robustdeq.differentiation._straight_tracker import Tracker
+from robustdeq.differentiation.straight_through.arrays import from_array
+from robustdeq.differentiation.straight_through.detaching import enter_region
+from robustdeq.differentiation.straight_through.functions import applied
+from robustdeq.differentiation.straight_through.sites import called_by_model, entering_region
+from robustdeq.differentiation.straight_through.tracker import Tracker
 
 TRACKER: ContextVar[Tracker | None] = ContextVar("robustdeq_tracker", default=None)
 """The tracker of the pass that runs in this thread, while it is not paused."""

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from robustdeq.differentiation._straight_arrays import ARRAYS
-from robustdeq.differentiation._straight_call import Call, Rule, called, name_of
-from robustdeq.differentiation._straight_choosing import CHOOSING
-from robustdeq.differentiation._straight_comparing import COMPARING
-from robustdeq.differentiation._straight_detaching import DETACHING
-from robustdeq.differentiation._straight_generic import FRESH, generic, inherited
-from robustdeq.differentiation._straight_inner import INNER
-from robustdeq.differentiation._straight_rounding import ROUNDING
-from robustdeq.differentiation._straight_saturation import DRAWING, SATURATION
-from robustdeq.differentiation._straight_tracker import Tracker
+from robustdeq.differentiation.straight_through.arrays import ARRAYS
+from robustdeq.differentiation.straight_through.call import Call, Rule, called, name_of
+from robustdeq.differentiation.straight_through.choosing import CHOOSING
+from robustdeq.differentiation.straight_through.comparing import COMPARING
+from robustdeq.differentiation.straight_through.detaching import DETACHING
+from robustdeq.differentiation.straight_through.generic import FRESH, generic, inherited
+from robustdeq.differentiation.straight_through.inner import INNER
+from robustdeq.differentiation.straight_through.rounding import ROUNDING
+from robustdeq.differentiation.straight_through.saturation import DRAWING, SATURATION
+from robustdeq.differentiation.straight_through.tracker import Tracker
 
 KINDS: dict[str, dict[str, Rule]] = {
     "detaching": DETACHING,

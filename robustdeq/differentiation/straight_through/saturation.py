@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustdeq.differentiation._straight_call import Call, Rule, quiet
-from robustdeq.differentiation._straight_graph import by_sample, splice
-from robustdeq.differentiation._straight_tracker import Tracker
+from robustdeq.differentiation.straight_through.call import Call, Rule, quiet
+from robustdeq.differentiation.straight_through.graph import by_sample, splice
+from robustdeq.differentiation.straight_through.tracker import Tracker
 
 _NEAR = 1e-6
 """Distance of an output from its limit of 1 at which it has no gradient to speak of."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustdeq.differentiation._straight_tracker import Entry, Tracker
+from robustdeq.differentiation.straight_through.tracker import Entry, Tracker
 
 Rule = Callable[[Tracker, "Call"], Any]
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustdeq.differentiation._straight_graph import splice
-from robustdeq.differentiation._straight_sites import Site, calling_site
+from robustdeq.differentiation.straight_through.graph import splice
+from robustdeq.differentiation.straight_through.sites import Site, calling_site
 
 Build = Callable[..., "Tensor | None"]
 Gap = Callable[..., Tensor]

@@ -12,17 +12,17 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from robustdeq.differentiation._straight_passes import (
+from robustdeq.differentiation.module_gradient import Predict
+from robustdeq.differentiation.straight_through.passes import (
     Carried,
     followed,
     honest_pass,
     inner_gradients,
 )
-from robustdeq.differentiation._straight_patches import patched
-from robustdeq.differentiation._straight_sites import Site
-from robustdeq.differentiation._straight_state import Buffers, Randomness
-from robustdeq.differentiation._straight_tracker import Plan
-from robustdeq.differentiation.module_gradient import Predict
+from robustdeq.differentiation.straight_through.patches import patched
+from robustdeq.differentiation.straight_through.sites import Site
+from robustdeq.differentiation.straight_through.state import Buffers, Randomness
+from robustdeq.differentiation.straight_through.tracker import Plan
 from robustdeq.shapes import Images, Logits, Mask
 
 AGREEMENT = 1e-5

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustdeq.differentiation._straight_tracker import Tracker
+from robustdeq.differentiation.straight_through.tracker import Tracker
 
 _TRUSTED = ("torch.", "robustdeq.equilibrium.", "robustdeq.differentiation.", "robustdeq.targets")
 _CHECKPOINT = "torch.utils.checkpoint"
