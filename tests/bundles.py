@@ -13,11 +13,11 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
+from robustdeq.datasets import load_slice
+from robustdeq.evaluation.run import Options, run_suite
 from robustdeq.evidence.bundle import MANIFEST, BundleRow, read_bundle, sealed
 from robustdeq.evidence.bundling import Parts, write_bundle
-from robustdeq.datasets import load_slice
 from robustdeq.evidence.rescoring import Setting
-from robustdeq.evaluation.run import Options, run_suite
 from robustdeq.evidence.verify import Report, verify_bundle
 from robustdeq.keys import file_sha256
 from robustdeq.report import read_run

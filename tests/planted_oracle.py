@@ -7,7 +7,7 @@ defect, and keeps what the defective model itself gets wrong.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ class Effort:
         steps: of each ascent.
         restarts: ascents of the untargeted losses from random points, after those from the input.
         targets: classes tried as targets per sample, the likeliest first.
+        queries: of a random search from the best points, by the defective model's own margin.
         draws: calls that a gradient and a score are averaged over; the majority decides.
         together: rows that must share a batch at all times; 0 where rows are independent.
     """
@@ -36,17 +37,17 @@ class Effort:
     steps: int = 20
     restarts: int = 2
     targets: int = 9
+    queries: int = 0
     draws: int = 1
     together: int = 0
 
     def longer(self, factor: int) -> Effort:
-        """The same with so many times the steps, and four times the restarts."""
-        return Effort(
+        """The same with so many times the steps, restarts and queries."""
+        return replace(
+            self,
             steps=self.steps * factor,
-            restarts=self.restarts * 4,
-            targets=self.targets,
-            draws=self.draws,
-            together=self.together,
+            restarts=self.restarts * factor,
+            queries=self.queries * factor,
         )
 
 
@@ -67,6 +68,7 @@ def robust_under(
             hunt = Hunt(model, x[rows], y[rows], threat, effort)
             for surrogate in surrogates:
                 hunt.along(surrogate)
+            hunt.search()
             parts.append(hunt.survivors())
     return torch.cat(parts)
 
@@ -103,6 +105,25 @@ class Hunt:
                 return
             self._ascend(surrogate, loss, start, rows)
             self._decide()
+
+    @torch.no_grad()
+    def search(self) -> None:
+        """Patches of the best points moved to a face of the ball, kept where the margin grows."""
+        rows = self.alive.nonzero().squeeze(1)
+        if not self.effort.queries or not len(rows):
+            return
+        x, y, current = self.x[rows], self.y[rows], self.best[rows]
+        largest = margin(self.model(current), y)
+        for _ in range(self.effort.queries):
+            at = torch.rand(len(x), 1, *x.shape[2:])
+            chosen = at < torch.rand(len(x), 1, 1, 1) * 0.2
+            offset = self.threat.eps * (2 * torch.rand_like(x) - 1).sign()
+            proposed = self.threat.project(x, torch.where(chosen, x + offset, current))
+            margins = margin(self.model(proposed), y)
+            better = margins > largest
+            current[better], largest[better] = proposed[better], margins[better]
+        self.best[rows] = current
+        self.alive[rows[largest > 0]] = False
 
     def rows(self) -> Tensor:
         """The samples an ascent is given."""

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyautoattack import AutoAttack as Reference
 from robustdeq.attacks._apgd import AutoPGD
-from robustdeq.attacks._ascent import Lanes, LogitLoss, ascend
+from robustdeq.attacks._ascent import Lanes, LogitLoss, Point, ascend
 from robustdeq.attacks._ledger import Ledger, margins_of
 from robustdeq.attacks._losses import dlr, named_loss
 from robustdeq.attacks.apgd import APGD
@@ -101,6 +101,21 @@ def test_a_run_is_that_of_the_authors_code(norm: str, loss: str) -> None:
     shift = 10 if loss == "dlr" else 0
     torch.testing.assert_close(rule.best.losses + shift, best_loss, rtol=0, atol=1e-6)
     torch.testing.assert_close(rule.best.x, best, rtol=0, atol=1e-5)
+
+
+def test_a_row_that_rises_below_its_best_goes_back_and_halves() -> None:
+    """Algorithm 1, condition 2; beside it a row whose losses rise all the time keeps its step."""
+    threat = Threat.parse("Linf:0.1")
+    x = torch.full((2, 1, 2, 2), 0.5)
+    rule = AutoPGD(x, threat, 25)  # checkpoints after 5 and after 4 more steps
+    lengths = []
+    for step, loss in enumerate([0.0, 1.0, 2.0, 3.0, 10.0, 4.0, 5.0, 6.0, 7.0, 8.0]):
+        losses = torch.tensor([loss, float(step)])
+        rule.advance(step, Point(x + 0.001 * step, losses, torch.ones_like(x)))
+        lengths.append(rule.length.tolist())
+    assert lengths[:9] == [pytest.approx([0.2, 0.2])] * 9
+    assert lengths[9] == pytest.approx([0.1, 0.2])
+    torch.testing.assert_close(rule.before, x + torch.tensor([0.004, 0.009]).view(2, 1, 1, 1))
 
 
 def test_of_several_candidates_for_a_sample_the_best_is_kept(

@@ -30,9 +30,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+from robustdeq.errors import CaseError, UsageError
 from robustdeq.evidence.bundle import MANIFEST, read_bundle, sealed
 from robustdeq.evidence.bundling import Parts, write_bundle
-from robustdeq.errors import CaseError, UsageError
 from robustdeq.evidence.verify import verify_bundle
 from robustdeq.keys import file_sha256
 from robustdeq.report import read_run
@@ -123,7 +123,8 @@ def test_records_that_are_gone_and_weights_that_changed_are_named(run: Path) -> 
 
 
 def test_knows_no_torch() -> None:
-    code = "import sys, robustdeq.evidence.bundle, robustdeq.evidence.bundling; sys.exit('torch' in sys.modules)"
+    modules = "robustdeq.evidence.bundle, robustdeq.evidence.bundling"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from robustdeq.contract import assert_contract, contract_findings
+from robustdeq.contract.check import CheckReport, check_plugin
+from robustdeq.contract.source import plugin_classes
+from robustdeq.contract.surroundings import watched
 from robustdeq.errors import UsageError
-from robustdeq.evaluation.check_plugin import CheckReport, check_plugin
-from robustdeq.evaluation.plugin_source import plugin_classes
-from robustdeq.evaluation.surroundings import watched
 from robustdeq.registry import load, registered
 
 HEAD = """

@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from toys import Linear, ToyEquilibrium
 
 from robustdeq.equilibrium import FixedPoint
-from robustdeq.evaluation.checks import is_randomized, run_checks
+from robustdeq.evaluation.gate import is_randomized, run_checks
 from robustdeq.evaluation.judge import DRAWS, Judge
 from robustdeq.targets import Target
+from robustdeq.threats import Threat
 
 
 def failed(model: nn.Module, x: Tensor, classes: int = 4) -> set[str]:
     y = torch.zeros(len(x), dtype=torch.long)
-    rows = run_checks(Target(model.eval(), classes), x, y)
+    rows = run_checks(Target(model.eval(), classes), x, y, Threat.parse("Linf:0.02"))
     return {row["name"] for row in rows if row["status"] == "failed"}
 
 
@@ -69,10 +70,10 @@ def test_an_honest_model_raises_no_flag(linear: Linear, x: Tensor, toy_images: T
     assert failed(ToyEquilibrium(FixedPoint()).float(), toy_images.float()) == set()
 
 
-def test_a_confident_honest_model_raises_no_flag(linear: Linear, x: Tensor) -> None:
+def test_a_confident_honest_model_is_flagged_for_its_saturated_losses_alone(linear: Linear, x: Tensor) -> None:
     with torch.no_grad():
         linear.weight.mul_(1e4)
-    assert failed(linear, x) == set()
+    assert failed(linear, x) == {"saturated_logits"}
 
 
 @pytest.mark.parametrize(

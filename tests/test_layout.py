@@ -27,7 +27,7 @@ ORDER = [
     ["registry"],
     ["suite", "weights", "listing"],
     ["verdict", "tables", "comparison", "report"],
-    ["evaluation", "training", "evidence"],
+    ["evaluation", "training", "evidence", "contract"],
     ["cli"],
 ]
 READS_RECORDS_ALONE = {"verdict", "tables", "comparison", "report"}

@@ -27,10 +27,10 @@ from bundles import (
 from safetensors.numpy import load_file, save_file
 
 from robustdeq import cli
-from robustdeq.evidence.bundle import read_bundle
 from robustdeq.errors import CaseError, UsageError
-from robustdeq.evidence.adopt import submit_bundle
 from robustdeq.evaluation.direct import evaluate
+from robustdeq.evidence.adopt import submit_bundle
+from robustdeq.evidence.bundle import read_bundle
 from robustdeq.evidence.reattack import choose, reattack
 from robustdeq.evidence.rescoring import Setting, rebuild
 from robustdeq.evidence.submissions import added

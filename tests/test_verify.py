@@ -28,9 +28,9 @@ from bundles import (
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from robustdeq.evidence.bundle import read_bundle
 from robustdeq.datasets import Slice, load_slice
 from robustdeq.errors import UsageError
+from robustdeq.evidence.bundle import read_bundle
 from robustdeq.evidence.rescoring import Setting, odd_batch, rebuild
 from robustdeq.evidence.verify import verify_bundle
 from robustdeq.keys import file_sha256

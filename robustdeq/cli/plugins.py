@@ -80,7 +80,7 @@ def check(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Contract tests and honesty checks on a plugin; exit 1 naming what fails."""
-    from robustdeq.evaluation.check_plugin import check_plugin
+    from robustdeq.contract.check import check_plugin
 
     del debug
     report = check_plugin(reference, dataset=dataset, threat=threat or "", minutes=minutes)

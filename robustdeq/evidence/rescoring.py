@@ -13,7 +13,7 @@ import torch
 from robustdeq.datasets import Slice, Split, load_slice
 from robustdeq.errors import CaseError, UsageError
 from robustdeq.evaluation.chain import Subject
-from robustdeq.evaluation.checks import is_randomized
+from robustdeq.evaluation.gate import is_randomized
 from robustdeq.evaluation.judge import DRAWS, Judge, Judgment
 from robustdeq.evaluation.subject import Source, build_subject, chunk_of, pick_device
 from robustdeq.evidence.bundle import Bundle, BundleRow

@@ -10,13 +10,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from robustdeq.contract.findings import Finding, Findings
+from robustdeq.contract.form import form
+from robustdeq.contract.practice import CPU, IMAGES, practice
+from robustdeq.contract.surroundings import watched
 from robustdeq.equilibrium import metered
 from robustdeq.errors import RobustDEQError, sentence
-from robustdeq.evaluation.findings import Finding, Findings
 from robustdeq.evaluation.judge import seeded
-from robustdeq.evaluation.plugin_form import form
-from robustdeq.evaluation.practice import CPU, IMAGES, practice
-from robustdeq.evaluation.surroundings import watched
 from robustdeq.interfaces import Access, Attack, Candidates, Scope, option
 from robustdeq.randomness import SampleRandom
 from robustdeq.shapes import Images, Labels

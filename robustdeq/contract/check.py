@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from robustdeq.contract import contract_findings
+from robustdeq.contract.defenses import build
+from robustdeq.contract.findings import Finding, failures
+from robustdeq.contract.form import kind_of
+from robustdeq.contract.source import plugin_classes
 from robustdeq.datasets import Slice, load_slice
 from robustdeq.errors import RobustDEQError, sentence
-from robustdeq.evaluation.defense_contract import build
-from robustdeq.evaluation.findings import Finding, failures
 from robustdeq.evaluation.gate import Row, run_checks
 from robustdeq.evaluation.gate.rules import RULES
-from robustdeq.evaluation.plugin_form import kind_of
-from robustdeq.evaluation.plugin_source import plugin_classes
 from robustdeq.evaluation.subject import chunk_of
 from robustdeq.interfaces import Defense, Recipe, option, trained_form
 from robustdeq.registry import Kind, load

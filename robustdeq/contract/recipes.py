@@ -9,11 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from robustdeq.contract.findings import Finding, Findings
+from robustdeq.contract.form import form
+from robustdeq.contract.practice import CPU, practice
 from robustdeq.errors import RobustDEQError
-from robustdeq.evaluation.findings import Finding, Findings
 from robustdeq.evaluation.judge import seeded
-from robustdeq.evaluation.plugin_form import form
-from robustdeq.evaluation.practice import CPU, practice
 from robustdeq.interfaces import Recipe
 from robustdeq.targets import Target
 from robustdeq.threats import Threat

@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from robustdeq.contract.findings import Finding, Findings
+from robustdeq.contract.form import form
+from robustdeq.contract.surroundings import watched
 from robustdeq.datasets import DataSpec
 from robustdeq.errors import UsageError, sentence
-from robustdeq.evaluation.findings import Finding, Findings
 from robustdeq.evaluation.gate.examined import SAME, gap, seeded_logits
 from robustdeq.evaluation.gate.losses import input_gradient, margin
 from robustdeq.evaluation.gate.repetition import is_randomized
 from robustdeq.evaluation.judge import seeded
-from robustdeq.evaluation.plugin_form import form
-from robustdeq.evaluation.surroundings import watched
 from robustdeq.interfaces import Defense
 from robustdeq.shapes import Images, Logits
 from robustdeq.targets import Target

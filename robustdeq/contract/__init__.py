@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from robustdeq.contract.attacks import attack_findings
+from robustdeq.contract.defenses import defense_findings
+from robustdeq.contract.findings import Finding, failures
+from robustdeq.contract.form import kind_of
+from robustdeq.contract.recipes import recipe_findings
 from robustdeq.errors import UsageError
-from robustdeq.evaluation.attack_contract import attack_findings
-from robustdeq.evaluation.defense_contract import defense_findings
-from robustdeq.evaluation.findings import Finding, failures
-from robustdeq.evaluation.plugin_form import kind_of
-from robustdeq.evaluation.recipe_contract import recipe_findings
 
 __all__ = ["Finding", "assert_contract", "contract_findings"]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
 
+from robustdeq.contract.form import kind_of
 from robustdeq.errors import UsageError, sentence, unknown
-from robustdeq.evaluation.plugin_form import kind_of
 from robustdeq.registry import Kind, plugin_class, registered
 
 _ADVICE = "name MODULE:NAME, FILE.py, FILE.py:NAME or a registered plugin"

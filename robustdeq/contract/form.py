@@ -7,7 +7,7 @@ import pickle
 import typing
 from typing import Any
 
-from robustdeq.evaluation.findings import Finding, Findings
+from robustdeq.contract.findings import Finding, Findings
 from robustdeq.keys import canonical, canonical_json
 from robustdeq.registry import Kind, parameters_of
 
