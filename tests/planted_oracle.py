@@ -108,16 +108,16 @@ class Hunt:
 
     @torch.no_grad()
     def search(self) -> None:
-        """Patches of the best points moved to a face of the ball, kept where the margin grows."""
+        """Some pixels of the best points drawn anew, and kept where the margin grows."""
         rows = self.alive.nonzero().squeeze(1)
         if not self.effort.queries or not len(rows):
             return
         x, y, current = self.x[rows], self.y[rows], self.best[rows]
         largest = margin(self.model(current), y)
-        for _ in range(self.effort.queries):
-            at = torch.rand(len(x), 1, *x.shape[2:])
-            chosen = at < torch.rand(len(x), 1, 1, 1) * 0.2
-            offset = self.threat.eps * (2 * torch.rand_like(x) - 1).sign()
+        for query in range(self.effort.queries):
+            chosen = torch.rand_like(x) < 0.2 * torch.rand(len(x), 1, 1, 1)
+            offset = self.threat.eps * (2 * torch.rand_like(x) - 1)
+            offset = self.threat.eps * offset.sign() if query % 2 else offset
             proposed = self.threat.project(x, torch.where(chosen, x + offset, current))
             margins = margin(self.model(proposed), y)
             better = margins > largest
