@@ -29,7 +29,7 @@ from robustdeq.shapes import Counts, Images, Labels
 from robustdeq.targets import Pool, Target
 from robustdeq.threats import Norm, Threat
 
-SCALES = (0.5, 1.0, 2.0, 4.0)
+SCALES = (1.0, 0.5, 2.0, 4.0)
 """Factors on the perturbation of an example that was made elsewhere, before projection."""
 
 

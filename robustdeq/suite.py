@@ -180,7 +180,13 @@ def battery(name: str) -> tuple[AttackEntry, ...]:
     lists = tomllib.loads(file.read_text(encoding="utf-8"))
     if name not in lists:
         raise unknown("battery", name, lists)
-    return tuple(_entry(AttackEntry, item, f"battery {name}") for item in lists[name])
+    entries: list[AttackEntry] = []
+    for item in lists[name]:
+        if set(item) == {"battery"}:  # all of another list
+            entries += battery(item["battery"])
+        else:
+            entries.append(_entry(AttackEntry, item, f"battery {name}"))
+    return tuple(entries)
 
 
 def parse_suite(text: str, source: str, folder: Path | None) -> Suite:

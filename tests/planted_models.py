@@ -242,7 +242,7 @@ class NumpyMedian(Planted):
         padded = np.pad(pixels, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge")
         windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(2, 3))
         median = np.median(windows, axis=(4, 5))
-        outlier = np.abs(pixels - median) > 0.4
+        outlier = np.abs(pixels - median) > 0.6
         return torch.from_numpy(np.where(outlier, (median + pixels) / 2, pixels)).to(x)
 
 

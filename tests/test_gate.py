@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from toys import Linear, ToyEquilibrium
 
 from robustdeq.equilibrium import FixedPoint, Implicit, Unrolled
-from robustdeq.evaluation.gate import check, continuity, differences, is_randomized, run_checks
+from robustdeq.evaluation.gate import check, continuity, is_randomized, run_checks
 from robustdeq.evaluation.gate.ascent import ascend
 from robustdeq.evaluation.gate.examined import Examined
 from robustdeq.evaluation.gate.losses import cosine, input_gradient, margin
 from robustdeq.evaluation.gate.precise import precise
+from robustdeq.evaluation.gate.quotients import DIRECTIONS, compare, orthonormal
 from robustdeq.evaluation.gate.rules import RULES
 from robustdeq.evaluation.gate.run import CHECKS, examined
 from robustdeq.records import check_frame
@@ -319,9 +320,9 @@ def test_differences_agree_with_a_known_derivative_in_both_precisions(x: Tensor)
         held = exam(model, x)
         view = precise(held)
         assert view.dtype == dtype
-        compared = differences.compare(held, view, x[:6], held.y[:6])
+        compared = compare(held, view, x[:6], held.y[:6])
         true = input_gradient(view.target, compared.x, compared.y, margin)
-        slopes = compared.quotients[0].slopes[0]
+        slopes = compared.slopes[0][0]
         expected = true.flatten(1).double() @ compared.directions
         assert float((slopes - expected).norm() / expected.norm()) < 2e-2
         assert float(compared.cosines(view.target).min()) > 0.999
@@ -331,10 +332,10 @@ def test_differences_agree_with_a_known_derivative_in_both_precisions(x: Tensor)
 
 
 def test_directions_are_orthonormal_and_stay_in_the_box() -> None:
-    basis = differences._orthonormal(100, torch.Generator().manual_seed(0))
-    assert basis.shape == (100, differences.DIRECTIONS)
+    basis = orthonormal(100, torch.Generator().manual_seed(0))
+    assert basis.shape == (100, DIRECTIONS)
     assert torch.allclose(basis.T @ basis, torch.eye(64, dtype=torch.float64), atol=1e-12)
-    assert differences._orthonormal(9, torch.Generator().manual_seed(0)).shape == (9, 9)
+    assert orthonormal(9, torch.Generator().manual_seed(0)).shape == (9, 9)
 
 
 @pytest.mark.parametrize("height", [0.0, 0.05, 0.5])

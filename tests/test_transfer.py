@@ -279,8 +279,9 @@ def test_a_short_ascent_goes_on_from_a_transferred_example(
         linear(run(TransferRows(polish=k), linear, x, y, threat, pool)).argmax(1) == y
         for k in (0, 40)
     ]
-    assert int(left[0].sum()) > int(exact.sum())
-    assert torch.equal(left[1], exact)
+    # Ascent towards the nearest class can hover where two classes meet.
+    assert int(exact.sum()) <= int(left[1].sum()) <= int(exact.sum()) + 1
+    assert int(left[0].sum()) > int(left[1].sum()) + 2
     assert TransferRows.phase == 2
 
 
@@ -299,9 +300,9 @@ def stored(path: Path, x: Tensor, index: Tensor) -> TransferFile:
 def test_stored_examples_are_tried_where_they_belong(
     suffix: str, tmp_path: Path, linear: Linear, linear_data: tuple[Tensor, Tensor]
 ) -> None:
-    """In any order, several for one image, none for another; all in float32 whatever is stored."""
+    """In any order and precision, several for one image and none for another."""
     x, y = linear_data
-    good = x + towards_the_boundary(linear, x, y, 0.02)
+    good = x + 0.02 * towards_the_boundary(linear, x, y, 1.0).sign()
     order = torch.tensor([5, 3, 3, 900, 8])
     examples = torch.stack([good[5], x[3], good[3], good[0], good[8]]).double()
     attack = stored(tmp_path / f"examples{suffix}", examples, order)
