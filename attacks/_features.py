@@ -112,17 +112,28 @@ class LastState:
 
 
 def eyes(target: Target, x: Images) -> list[Eye]:
-    """All that there is to look at; a state that goes into the head as it is counts once."""
-    found: list[Eye] = []
+    """All that there is to look at; a state that goes into the head as it is counts once.
+
+    What does not show one row of features per image, as the head of a model that looks at several
+    crops of it, is left out.
+    """
+    offered: list[Eye] = []
     head = _head(target, x)
     if head is not None:
-        found.append(HeadInput(target, head))
+        offered.append(HeadInput(target, head))
     if isinstance(target.model, EquilibriumClassifier):
-        found.append(LastState(target, target.model))
-    with torch.no_grad():
-        sights = [eye(x[:1]).features for eye in found]
-    same = len(sights) == 2 and torch.equal(sights[0], sights[1])
-    return found[:1] if same else found
+        offered.append(LastState(target, target.model))
+    seen = [(eye, sight) for eye in offered if (sight := _sight(eye, x[:2])) is not None]
+    same = len(seen) == 2 and torch.equal(seen[0][1], seen[1][1])
+    return [eye for eye, _ in (seen[:1] if same else seen)]
+
+
+@torch.no_grad()
+def _sight(eye: Eye, x: Images) -> Tensor | None:
+    try:
+        return eye(x).features
+    except CaseError:
+        return None
 
 
 @torch.no_grad()

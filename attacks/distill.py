@@ -27,7 +27,7 @@ from robustdeq.threats import Threat
 SMALL_IMAGE = 16
 """Images of fewer pixels a side get a fully connected surrogate."""
 RATE = 2e-3
-BATCH = 512
+BATCH = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,8 +127,9 @@ class _Pupil:
         wanted, labels = standardized(logits), logits.argmax(1)
         by_value, by_label = (0.1, 1.0) if labels_alone(logits) else (1.0, 0.1)
         schedule = torch.optim.lr_scheduler.LinearLR(self.adam, 1.0, 0.05, steps)
+        size = (min(BATCH, len(inputs)),)
         for _ in range(steps):
-            rows = torch.randint(len(inputs), (BATCH,), generator=self.generator).to(labels)
+            rows = torch.randint(len(inputs), size, generator=self.generator).to(labels)
             found = self.network(inputs[rows])
             loss = by_value * F.mse_loss(found, wanted[rows])
             loss = loss + by_label * F.cross_entropy(2 * found, labels[rows])
@@ -174,9 +175,9 @@ def surrogate(shape: torch.Size, classes: int) -> nn.Module:
     channels, height, width = shape
     layers: list[nn.Module] = [_Centered()]
     if min(height, width) >= SMALL_IMAGE:
-        for before, after, kernel in ((channels, 32, 5), (32, 64, 3)):
+        for before, after, kernel in ((channels, 16, 5), (16, 32, 3)):
             layers += [nn.Conv2d(before, after, kernel, stride=2, padding=kernel // 2), nn.GELU()]
-        channels, height, width = 64, (height + 3) // 4, (width + 3) // 4
+        channels, height, width = 32, (height + 3) // 4, (width + 3) // 4
     layers.append(nn.Flatten())
     for before, after in pairwise((channels * height * width, 256, 256)):
         layers += [nn.Linear(before, after), nn.GELU()]

@@ -85,14 +85,14 @@ class Feature:
         """See `robustdeq.interfaces.Attack`.
 
         Raises:
-            CaseError: for a model without features.
+            CaseError: for a model without a module that could have features.
         """
-        ledger, found = Ledger(target, x, y), eyes(target, x)
-        if not found:
+        if not has_features(target):
             raise CaseError(
                 f"attack feature needs a module with parameters inside the model, and "
                 f"{type(target.model).__name__} has none; leave it out."
             )
+        ledger, found = Ledger(target, x, y), eyes(target, x)
         runs = [
             run
             for goal in self.goals

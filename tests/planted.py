@@ -96,7 +96,8 @@ MISSING = ("gradient_missing", "zero_gradient", "gradient_masked")
 WRONG = ("finite_differences", "finite_differences_adversarial", "gradient_masked")
 STEPPED = (*MISSING, "finite_differences", "discontinuous")
 CHANCE = Effort(steps=15, targets=3, draws=4)
-RESTARTED = Effort(steps=30, restarts=6)
+SEARCHED = Effort(restarts=4, targets=5, queries=600)
+LONGER = Effort(restarts=6, targets=4, queries=2500)
 
 DEFECTS = (
     # Gradients that lead elsewhere
@@ -164,41 +165,43 @@ DEFECTS = (
         Effort(targets=5),
     ),
     # Steps, saturation and ripples
-    Defect(models.QuantizedInput, "everything; round as the identity", STEPPED, (past, inside)),
+    Defect(models.QuantizedInput, "everything; round as the identity", STEPPED, (past, inside), SEARCHED),
     Defect(
         models.Thermometer,
         "everything; comparisons as slopes, or the identity around the encoder",
         STEPPED,
         (past, inside),
+        SEARCHED,
     ),
     Defect(
         models.IntegerCast,
         "everything; the cast as the identity",
         STEPPED,
         (past, inside),
+        SEARCHED,
     ),
     Defect(
         models.Codebook,
         "everything; the nearest entry as the patch itself",
         STEPPED,
         (past, inside),
-        RESTARTED,
+        Effort(targets=3, queries=2500),
     ),
     Defect(
         models.NumpyJPEG,
         "everything: no tensors inside; outputs alone, or the identity around the excursion",
         STEPPED,
         (past, inside),
-        RESTARTED,
+        LONGER,
     ),
     Defect(
         models.NumpyMedian,
         "everything: no tensors inside; outputs alone, or the identity around the excursion",
         STEPPED,
         (past, inside),
-        RESTARTED,
+        LONGER,
     ),
-    Defect(models.RoundedLogits, "everything; round as the identity", STEPPED),
+    Defect(models.RoundedLogits, "everything; round as the identity", STEPPED, (inside,), SEARCHED),
     Defect(
         models.SaturatedLogits,
         "cross-entropy where it underflows; margin losses, or scaled logits",
@@ -215,14 +218,14 @@ DEFECTS = (
         "the large scale; gradients of the smoothed model, then small honest steps",
         ("shattered_gradient",),
         (inside, past),
-        RESTARTED,
+        SEARCHED,
     ),
     Defect(
         models.WinnerTakesAll,
         "what other units would do; gradients through the mask or its relaxation, many restarts",
         ("discontinuous", "shattered_gradient", *WRONG),
         (inside, itself),
-        RESTARTED,
+        LONGER,
         hidden=False,
     ),
     # Chance, memory, company

@@ -205,7 +205,7 @@ class Codebook(Planted):
         digits = torch.from_numpy(load_slice("digits", "train", 400).images).float() / 255
         patches = F.unfold(digits, 2, stride=2).transpose(1, 2).reshape(-1, 4)
         order = torch.randperm(len(patches), generator=torch.Generator().manual_seed(0))
-        self.register_buffer("entries", patches[order[:400]])
+        self.register_buffer("entries", patches[order[:256]])
 
     def seen(self, x: Tensor) -> Tensor:
         patches = F.unfold(x, 2, stride=2).transpose(1, 2)

@@ -47,7 +47,7 @@ class Built:
 
     def logits(self, x: Images | None = None) -> Logits:
         """Without gradients, under one seed."""
-        return seeded_logits(self.target, self.x.clone() if x is None else x, 1)
+        return seeded_logits(self.target, self.x if x is None else x, 1)
 
 
 def defense_findings(defense: Defense) -> list[Finding]:
@@ -158,7 +158,8 @@ def _gradient(built: Built) -> str:
 
 def _untouched(built: Built) -> str:
     x = built.x.clone()
-    built.logits(x)
+    with seeded(1, CPU), torch.no_grad():
+        built.model(x)
     return "" if torch.equal(x, built.x) else "the model writes into its input"
 
 
@@ -167,7 +168,7 @@ def _alone(built: Built) -> str:
     if is_randomized(built.target, built.x):
         return ""
     together = built.logits()
-    alone = torch.cat([built.logits(built.x[k : k + 1].clone()) for k in range(IMAGES)])
+    alone = torch.cat([built.logits(built.x[k : k + 1]) for k in range(IMAGES)])
     apart = gap(together, alone)
     return f"logits move by {apart:.2g} with the batch they are in" if apart > COUPLED else ""
 

@@ -52,13 +52,13 @@ def ascend(
     All steps together could reach 2.5 times the radius. A sample is left at the first point that is
     misclassified, which is on the far side of its decision boundary, and near it.
     """
-    best, largest = start.clone(), torch.full((len(x),), -torch.inf, device=x.device)
+    best, largest = start.clone(), x.new_full((len(x),), -torch.inf)
     current, rows = start.clone(), torch.arange(len(x), device=x.device)
     shrinkage = [1.0 - 0.9 * step / steps for step in range(steps)]
     first = 2.5 / sum(shrinkage) * threat.eps
     for step in range(steps + 1):
         values, gradient = loss_and_gradient(target, current, y[rows], margin)
-        values = torch.nan_to_num(values, nan=torch.inf)  # no judge counts it as correct
+        values = torch.nan_to_num(values.to(x), nan=torch.inf)  # no judge counts it as correct
         better = values > largest[rows]
         best[rows[better]] = current[better]
         largest[rows] = torch.maximum(largest[rows], values)

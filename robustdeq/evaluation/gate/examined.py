@@ -99,9 +99,14 @@ class Examined:
         return torch.nan_to_num(gap, nan=torch.inf, posinf=torch.inf)
 
     @cached_property
+    def predicted(self) -> Labels:
+        """The class that each sample is given."""
+        return predictions(self.logits(self.x))
+
+    @cached_property
     def correct(self) -> Mask:
         """Which samples are classified correctly."""
-        return predictions(self.logits(self.x)) == self.y
+        return self.predicted == self.y
 
     @cached_property
     def escalation(self) -> Escalation:
