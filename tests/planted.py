@@ -7,7 +7,7 @@ come as low as the oracle, and must flag the model.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -64,7 +64,7 @@ class Defect:
     masks: str
     flags: tuple[str, ...]
     surrogates: tuple[Callable[[Any], Surrogate], ...] = (inside,)
-    effort: Effort = Effort()
+    effort: Effort = field(default_factory=Effort)
     track: str = "deterministic"
     hidden: bool = True
 
@@ -165,7 +165,13 @@ DEFECTS = (
         Effort(targets=5),
     ),
     # Steps, saturation and ripples
-    Defect(models.QuantizedInput, "everything; round as the identity", STEPPED, (past, inside), SEARCHED),
+    Defect(
+        models.QuantizedInput,
+        "everything; round as the identity",
+        STEPPED,
+        (past, inside),
+        SEARCHED,
+    ),
     Defect(
         models.Thermometer,
         "everything; comparisons as slopes, or the identity around the encoder",

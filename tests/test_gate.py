@@ -67,11 +67,16 @@ def labels(x: Tensor) -> Tensor:
     return model(x).argmax(1)
 
 
-def judged(model: nn.Module, x: Tensor, name: str) -> dict[str, Any]:
-    """The row of one check alone."""
+def together(model: nn.Module, x: Tensor, name: str) -> dict[str, Any]:
+    """The rows that are measured together with one check, and no others."""
     held = examined(Target(model.eval(), 4), x, labels(x), THREAT)
     (item,) = [item for item in CHECKS if name in item.names]
-    return next(row for row in item.rows(held) if row["name"] == name)
+    return {row["name"]: row for row in item.rows(held)}
+
+
+def judged(model: nn.Module, x: Tensor, name: str) -> Any:
+    """The row of one check."""
+    return together(model, x, name)[name]
 
 
 @pytest.fixture
@@ -273,14 +278,18 @@ def test_randomness_is_found_even_where_it_is_rare_or_private(x: Tensor) -> None
 
 
 def test_too_few_solver_and_adjoint_steps_are_named(toy_images: Tensor) -> None:
-    hurried = ToyEquilibrium(FixedPoint(tolerance=1e-6, max_steps=3), rho=0.95)
-    assert judged(hurried, toy_images[:2], "unconverged_clean")["status"] == "failed"
-    assert judged(hurried, toy_images[:2], "unconverged_adversarial")["status"] == "failed"
-    short = ToyEquilibrium(FixedPoint(), Implicit(FixedPoint(tolerance=1e-6, max_steps=1)))
-    assert judged(short, toy_images[:2], "adjoint_unconverged")["status"] == "failed"
-    assert judged(short, toy_images[:2], "unconverged_clean")["status"] == "passed"
+    x = toy_images[:2]
+    hurried = FixedPoint(tolerance=1e-6, max_steps=3)
+    found = together(ToyEquilibrium(hurried, rho=0.95), x, "unconverged_clean")
+    assert found["unconverged_clean"]["status"] == "failed"
+    assert found["unconverged_adversarial"]["status"] == "failed"
+    assert found["adjoint_unconverged"]["status"] == "passed"
+    short = Implicit(FixedPoint(tolerance=1e-6, max_steps=1))
+    found = together(ToyEquilibrium(FixedPoint(), short), x, "unconverged_clean")
+    assert found["adjoint_unconverged"]["status"] == "failed"
+    assert found["unconverged_clean"]["status"] == "passed"
     fixed = ToyEquilibrium(FixedPoint(tolerance=0.0, max_steps=3), Unrolled(3))
-    row = judged(fixed, toy_images[:2], "unconverged_clean")
+    row = judged(fixed, x, "unconverged_clean")
     assert row["status"] == "skipped"
     assert "definition" in row["detail"]
 

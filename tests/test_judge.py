@@ -70,7 +70,9 @@ def test_an_honest_model_raises_no_flag(linear: Linear, x: Tensor, toy_images: T
     assert failed(ToyEquilibrium(FixedPoint()).float(), toy_images.float()) == set()
 
 
-def test_a_confident_honest_model_is_flagged_for_its_saturated_losses_alone(linear: Linear, x: Tensor) -> None:
+def test_a_confident_honest_model_is_flagged_for_its_saturated_losses_alone(
+    linear: Linear, x: Tensor
+) -> None:
     with torch.no_grad():
         linear.weight.mul_(1e4)
     assert failed(linear, x) == {"saturated_logits"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from robustdeq.randomness import SampleRandom
 from robustdeq.registry import load
 from robustdeq.targets import Target
 from robustdeq.threats import Threat
+from robustdeq.weights import load_weights
 
 CPU = torch.device("cpu")
 QUICK: dict[str, Any] = {"steps": 20, "restarts": 1, "targets": 2, "polish": 5}
@@ -81,7 +83,10 @@ def test_behind_and_in_front_break_more_than_the_models_own_gradient() -> None:
     """Digits, n = 25, Linf:3/16, entropy reduction at inference."""
     data = load_slice("digits", "test", 25)
     x, y = torch.from_numpy(data.images).float() / 255, torch.from_numpy(data.labels)
-    model = robustdeq.load_model("Yang2023Improving_plain_pgd_at_entropy")
+    parameters = {"width": 48, "inner": 48, "gain": 0.8, "regulation": "entropy"}
+    model = load("defense", "neural_dynamics", parameters).build(spec_of("digits"), CPU).eval()
+    weights = "digits48-neural_dynamics-plain_pgd_at.safetensors"
+    load_weights(model, Path(robustdeq.__file__).parent / "zoo" / weights)
     honest, purifier = (
         model(run(attack, model, x, y, "Linf:3/16", 10)).argmax(1) == y
         for attack in (APGD(steps=10), Purifier(steps=10, restarts=1, targets=1, polish=3))

@@ -1,0 +1,328 @@
+"""Attacks of libraries: Foolbox's by name, and Square on images that are too small for it."""
+
+from __future__ import annotations
+
+import random
+import sys
+import types
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from robustdeq.attacks.autoattack import Square
+from robustdeq.attacks.foolbox import Foolbox
+from torch import Tensor, nn
+from toys import Linear
+
+from robustdeq.errors import CaseError, UsageError
+from robustdeq.interfaces import Candidates, Scope
+from robustdeq.randomness import SampleRandom
+from robustdeq.registry import load
+from robustdeq.targets import Target
+from robustdeq.threats import Norm, Threat
+
+
+def run(attack: Any, model: nn.Module, x: Tensor, y: Tensor, threat: str) -> Candidates:
+    """Candidates, all of them admissible."""
+    parsed = Threat.parse(threat)
+    with torch.no_grad():
+        classes = model(x[:1]).shape[1]
+    target = Target(model, classes)
+    found = attack.run(target, x.clone(), y, parsed, SampleRandom(3, "t", range(len(x))))
+    assert isinstance(found, Candidates)
+    assert not any(parsed.violations(x, found.x))
+    return found
+
+
+def exactly_robust(model: Linear, x: Tensor, y: Tensor, threat: Threat) -> Tensor:
+    """Margin > eps * dual norm, for images well inside of the box."""
+    difference = model.weight[y][:, None] - model.weight[None]
+    norm = difference.abs().sum(2) if threat.norm is Norm.LINF else difference.norm(dim=2)
+    logits = model(x)
+    slack = logits.gather(1, y[:, None]) - logits - threat.eps * norm
+    slack[torch.arange(len(y)), y] = torch.inf
+    return slack.amin(1).detach() > 0
+
+
+# A stand-in: what of Foolbox the plugin relies on, with every call on record.
+
+
+class Distance:
+    def __init__(self, p: float) -> None:
+        self.p = p
+
+
+class Attack:
+    pass
+
+
+class Stand(Attack):
+    """Answers with what it is told to; `calls` receives what it was given."""
+
+    calls: list[dict[str, Any]] = []  # noqa: RUF012 - shared on purpose
+
+    def __init__(self, p: float = torch.inf, length: float = 1.0, distance: Any = None) -> None:
+        if length < 0:
+            raise ValueError("length below 0")
+        self.distance, self.length = Distance(p) if distance is None else distance, length
+
+    def __call__(self, model: Any, x: Tensor, y: Tensor, *, epsilons: float) -> Any:
+        draws = (float(torch.rand(())), random.random(), float(np.random.rand()))
+        self.calls.append({"epsilons": epsilons, "draws": draws, "bounds": model.bounds})
+        leaf = x.clone().requires_grad_()
+        nn.functional.cross_entropy(model(leaf), y).backward()
+        assert leaf.grad is not None
+        raw = x + self.length * leaf.grad.sign()
+        return raw, x + epsilons * leaf.grad.sign(), None
+
+
+class Fixed(Stand):
+    """Has the norm that it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+
+class Failing(Fixed):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise AssertionError
+
+
+class PyTorchModel:
+    def __init__(self, model: nn.Module, bounds: Any, device: Any) -> None:
+        assert not model.training
+        self.model, self.bounds, self.device = model, bounds, device
+
+    def __call__(self, x: Tensor) -> Any:
+        with torch.set_grad_enabled(x.requires_grad):
+            return self.model(x)
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
+    module: Any = types.ModuleType("foolbox")
+    module.PyTorchModel = PyTorchModel
+    module.distances = types.SimpleNamespace(linf=Distance(torch.inf), l2=Distance(2))
+    module.attacks = types.SimpleNamespace(
+        Attack=Attack, Stand=Stand, Fixed=Fixed, Failing=Failing, helper=len
+    )
+    monkeypatch.setitem(sys.modules, "foolbox", module)
+    Stand.calls.clear()
+    yield Stand.calls
+    Stand.calls.clear()
+
+
+@pytest.mark.usefixtures("library")
+def test_it_is_called_as_a_library_wants_it(
+    library: list[dict[str, Any]], linear: Linear, linear_data: tuple[Tensor, Tensor]
+) -> None:
+    x, y = linear_data
+    found = run(Foolbox(attack="Fixed"), linear, x, y, "Linf:0.01")
+    leaf = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(nn.functional.cross_entropy(linear(leaf), y), leaf)
+    torch.testing.assert_close(found.x, (x + 0.01 * slope.sign()).clamp(0, 1))
+    assert found.made_by == ("Fixed",) * 24
+    (call,) = library
+    assert (call["epsilons"], call["bounds"]) == (0.01, (0.0, 1.0))
+    assert Foolbox.scope is Scope.CHUNK
+
+
+# The radius of the smallest ball of norm p around the threat's, for 64 pixels.
+@pytest.mark.parametrize(
+    ("threat", "p", "radius"),
+    [
+        ("Linf:0.1", torch.inf, 0.1),
+        ("Linf:0.1", 2.0, 0.8),
+        ("Linf:0.1", 1.0, 6.4),
+        ("L2:0.5", torch.inf, 0.5),
+        ("L2:0.5", 2.0, 0.5),
+        ("L2:0.5", 1.0, 4.0),
+        ("L2:0.5", 0.0, 64.0),
+    ],
+)
+def test_an_attack_in_another_norm_gets_a_ball_around_the_threats_and_is_projected(
+    threat: str,
+    p: float,
+    radius: float,
+    library: list[dict[str, Any]],
+    linear: Linear,
+    linear_data: tuple[Tensor, Tensor],
+) -> None:
+    x, y = linear_data
+    parameters = {"distance": Distance(p), "length": 0.3}
+    found = run(Foolbox(attack="Stand", parameters=parameters), linear, x, y, threat)
+    assert library[0]["epsilons"] == pytest.approx(radius)
+    moved = Threat.parse(threat).distance(x, found.x)
+    torch.testing.assert_close(moved, torch.full_like(moved, Threat.parse(threat).eps))
+
+
+def test_an_attack_without_a_norm_of_its_own_gets_the_threats(
+    library: list[dict[str, Any]], linear: Linear, linear_data: tuple[Tensor, Tensor]
+) -> None:
+    run(Foolbox(attack="Stand"), linear, *linear_data, "L2:0.5")
+    assert library[0]["epsilons"] == 0.5
+
+
+def test_what_the_caller_holds_is_left_alone(
+    library: list[dict[str, Any]], linear: Linear, linear_data: tuple[Tensor, Tensor]
+) -> None:
+    """Random states, gradients of parameters, grad mode; and equal seeds draw equal numbers."""
+    linear.weight.grad = torch.ones_like(linear.weight)
+    held, own = linear.weight.grad, torch.ones_like(linear.weight)
+    states = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy())
+    with torch.no_grad():
+        run(Foolbox(attack="Fixed"), linear, *linear_data, "Linf:0.01")
+        run(Foolbox(attack="Fixed"), linear, *linear_data, "Linf:0.01")
+        assert not torch.is_grad_enabled()
+    assert library[0]["draws"] == library[1]["draws"]
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1] == random.getstate()
+    assert np.array_equal(states[2], np.random.get_state()[1])
+    assert linear.weight.grad is held
+    assert torch.equal(held, own)
+
+
+@pytest.mark.usefixtures("library")
+def test_what_cannot_run_says_why(linear: Linear, linear_data: tuple[Tensor, Tensor]) -> None:
+    cases: list[tuple[Foolbox, type[Exception], str]] = [
+        (Foolbox(attack="Fixde"), UsageError, "did you mean 'Fixed'"),
+        (Foolbox(attack="helper"), UsageError, "unknown Foolbox attack 'helper'"),
+        (Foolbox(attack="Stand", parameters={"lenght": 1}), UsageError, "refuses its parameters"),
+        (Foolbox(attack="Stand", parameters={"length": -1}), UsageError, "length below 0"),
+        (Foolbox(attack="Failing"), CaseError, "Failing fails: AssertionError"),
+    ]
+    for attack, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            run(attack, linear, *linear_data, "Linf:0.01")
+
+
+def test_without_the_library_the_message_names_the_command(
+    monkeypatch: pytest.MonkeyPatch, linear: Linear, linear_data: tuple[Tensor, Tensor]
+) -> None:
+    monkeypatch.setitem(sys.modules, "foolbox", None)
+    with pytest.raises(UsageError, match="pip install foolbox"):
+        run(Foolbox(attack="LinfPGD"), linear, *linear_data, "Linf:0.01")
+
+
+# The library itself.
+
+
+@pytest.fixture
+def installed() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip("foolbox")
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(
+    ("name", "parameters", "threat"),
+    [
+        ("LinfPGD", {"steps": 60}, "Linf:0.008"),
+        ("LinfDeepFoolAttack", {}, "Linf:0.008"),
+        ("LInfFMNAttack", {}, "Linf:0.008"),
+        ("L2PGD", {"steps": 60}, "L2:0.05"),
+        ("L2DeepFoolAttack", {}, "L2:0.05"),
+        ("DDNAttack", {}, "L2:0.05"),
+        ("L2BasicIterativeAttack", {"steps": 60}, "Linf:0.008"),
+        ("LinfDeepFoolAttack", {}, "L2:0.05"),
+        ("InversionAttack", {}, "L2:0.05"),
+    ],
+)
+def test_foolbox_on_a_linear_model(
+    name: str,
+    parameters: dict[str, Any],
+    threat: str,
+    linear: Linear,
+    linear_data: tuple[Tensor, Tensor],
+) -> None:
+    """In the threat's own norm it comes near the exact figure; in another it breaks something."""
+    x, y = linear_data
+    exact = exactly_robust(linear, x, y, Threat.parse(threat))
+    found = run(Foolbox(attack=name, parameters=parameters), linear, x, y, threat)
+    left = linear(found.x).argmax(1) == y
+    assert bool((left >= exact).all())
+    own = name.lower().startswith(threat.split(":")[0].lower()) or name == "DDNAttack"
+    if own:
+        assert int(left.sum()) - int(exact.sum()) <= 3
+    elif name != "InversionAttack":
+        assert int(left.sum()) < 24
+    assert found.made_by == (name,) * 24
+
+
+@pytest.mark.usefixtures("installed")
+def test_foolbox_refuses_what_it_does_not_have(
+    linear: Linear, linear_data: tuple[Tensor, Tensor]
+) -> None:
+    x, y = linear_data
+    for name, message in (
+        ("LinfDeepfoolAttack", "did you mean 'LinfDeepFoolAttack'"),
+        ("MinimizationAttack", "unknown Foolbox attack"),
+        ("VirtualAdversarialAttack", "refuses its parameters"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            run(Foolbox(attack=name), linear, x, y, "Linf:0.01")
+    with pytest.raises(CaseError, match="DatasetAttack fails"):
+        run(Foolbox(attack="DatasetAttack"), linear, x, y, "L2:0.05")
+
+
+# Square where the library alone does not go.
+
+
+class Detached(nn.Module):
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x.detach()).detach()
+
+
+@pytest.mark.parametrize("side", [1, 2, 4, 5])
+@pytest.mark.parametrize("classes", [2, 4])
+def test_square_under_l2_on_images_that_are_too_small_for_it(side: int, classes: int) -> None:
+    """At the median of the exact radii it breaks at least half of what can be broken."""
+    base = Linear(3 * side * side, classes)
+    x = 0.4 + 0.2 * torch.rand(24, 3, side, side, generator=torch.Generator().manual_seed(0))
+    y = base(x).argmax(1)
+    lengths = torch.linspace(0.001, 0.3, 300)
+    shares = [
+        float(exactly_robust(base, x, y, Threat.parse(f"L2:{r:.3f}")).float().mean())
+        for r in lengths
+    ]
+    text = f"L2:{lengths[sum(share > 0.5 for share in shares)]:.3f}"
+    exact = exactly_robust(base, x, y, Threat.parse(text))
+    assert 6 < int(exact.sum()) < 18
+    found = run(Square(queries=300), Detached(base), x, y, text).x
+    left = base(found).argmax(1) == y
+    assert bool((left >= exact).all())
+    assert 24 - int(left.sum()) >= 0.5 * (24 - int(exact.sum()))
+
+
+def test_a_randomized_model_is_not_taken_for_broken_by_one_lucky_draw() -> None:
+    """Square stops at the first draw that errs; what most draws get right is no example."""
+    base = Linear(classes=4)
+    x = 0.3 + 0.4 * torch.rand(24, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+    y = base(x).argmax(1)
+
+    class Noisy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = base(x)
+            return logits + 0.5 * torch.randn(logits.shape)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        found = run(Square(queries=100), Noisy(), x, y, "Linf:0.002")
+    claimed = torch.tensor([name != "" for name in found.made_by])
+    assert 2 < int(claimed.sum()) < 16
+    gap = base(found.x).scatter(1, y[:, None], -torch.inf).amax(1) - base(found.x)[range(24), y]
+    # Nine draws in which five err, each by a difference of two normals: 0.7 is a deviation of it.
+    assert bool((gap[claimed] > -0.7).all())
+
+
+def test_the_default_parameters_load() -> None:
+    attack: Any = load("attack", "foolbox", {"attack": "L2PGD", "parameters": {"steps": 3}})
+    assert attack.parameters == {"steps": 3}
