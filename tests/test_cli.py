@@ -13,6 +13,7 @@ import pytest
 
 from robustdeq import cli
 from robustdeq.datasets import DATA_VARIABLE
+from robustdeq.errors import UsageError
 
 SUITE = """
 name = "tiny"
@@ -175,7 +176,7 @@ def test_a_plugin_that_does_not_import_stops_the_run(
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["robustdeq", "run", "digist", "--debug"])
-    with pytest.raises(cli.UsageError):
+    with pytest.raises(UsageError):
         cli.main()
 
 
