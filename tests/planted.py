@@ -6,6 +6,7 @@ come as low as the oracle, and must flag the model.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -29,7 +30,8 @@ SAMPLES = 200
 
 def inside(model: Any) -> Surrogate:
     """The layers behind the defect, with their own gradient."""
-    return model.layers.logits
+    logits: Surrogate = model.layers.logits
+    return logits
 
 
 def past(model: Any) -> Surrogate:
@@ -39,7 +41,14 @@ def past(model: Any) -> Surrogate:
 
 def itself(model: Any) -> Surrogate:
     """The model as it is."""
-    return model
+    predict: Surrogate = model
+    return predict
+
+
+def afresh(model: Any) -> Surrogate:
+    """The model as it is when it is first called."""
+    pristine = copy.deepcopy(model)
+    return lambda x: copy.deepcopy(pristine)(x)
 
 
 def attached(model: Any) -> Surrogate:
@@ -56,7 +65,7 @@ class Defect:
         masks: what plain attacks miss, and which way around it there is.
         flags: names of checks, one of which at least must flag the model.
         surrogates: what the oracle differentiates, in this order.
-        track: the track that the model belongs to.
+        tracks: where a row of it may stand.
         hidden: whether AutoAttack alone is more than two points above the oracle.
     """
 
@@ -65,7 +74,7 @@ class Defect:
     flags: tuple[str, ...]
     surrogates: tuple[Callable[[Any], Surrogate], ...] = (inside,)
     effort: Effort = field(default_factory=Effort)
-    track: str = "deterministic"
+    tracks: tuple[str, ...] = ("deterministic", "no_gradient")
     hidden: bool = True
 
     @property
@@ -241,7 +250,7 @@ DEFECTS = (
         ("randomized",),
         (itself,),
         CHANCE,
-        "randomized",
+        ("randomized",),
         hidden=False,
     ),
     Defect(
@@ -250,7 +259,7 @@ DEFECTS = (
         MISSING,
         (past,),
         CHANCE,
-        "randomized",
+        ("randomized",),
     ),
     Defect(
         equilibria.RandomStart,
@@ -258,7 +267,7 @@ DEFECTS = (
         ("randomized",),
         (itself,),
         CHANCE,
-        "randomized",
+        ("randomized",),
         hidden=False,
     ),
     Defect(
@@ -267,16 +276,15 @@ DEFECTS = (
         ("randomized",),
         (itself,),
         CHANCE,
-        "randomized",
+        ("randomized",),
         hidden=False,
     ),
     Defect(
         models.KeptState,
         "what a fresh call would say; a copy of the model for each call",
         ("keeps_state",),
-        (inside,),
-        CHANCE,
-        "randomized",
+        (afresh,),
+        Effort(fresh=True),
         hidden=False,
     ),
     Defect(
@@ -284,7 +292,7 @@ DEFECTS = (
         "examples that only work in their company; judged as the judge batches them",
         ("batch_dependent",),
         (itself, inside),
-        Effort(together=100),
+        Effort(together=SAMPLES),
         hidden=False,
     ),
 )

@@ -120,13 +120,17 @@ class ZeroingHook(Planted):
         return seen
 
 
+def _flipped(module: nn.Module, inner: Any, outer: Any) -> tuple[Tensor]:
+    return (-inner[0],)
+
+
 class FlippingHook(Planted):
     """The gradient reversal of domain adaptation, left on."""
 
     def __init__(self, base: Any) -> None:
         super().__init__(base)
         self.entry = nn.Identity()
-        self.entry.register_full_backward_hook(lambda module, inner, outer: (-inner[0],))
+        self.entry.register_full_backward_hook(_flipped)
 
     def seen(self, x: Tensor) -> Tensor:
         return cast("Tensor", self.entry(x * 1.0))

@@ -6,6 +6,7 @@ defect, and keeps what the defective model itself gets wrong.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -32,6 +33,7 @@ class Effort:
         queries: of a random search from the best points, by the defective model's own margin.
         draws: calls that a gradient and a score are averaged over; the majority decides.
         together: rows that must share a batch at all times; 0 where rows are independent.
+        fresh: whether every call is the first one of a copy of the model.
     """
 
     steps: int = 20
@@ -40,6 +42,7 @@ class Effort:
     queries: int = 0
     draws: int = 1
     together: int = 0
+    fresh: bool = False
 
     def longer(self, factor: int) -> Effort:
         """The same with so many times the steps, restarts and queries."""
@@ -93,7 +96,8 @@ class Hunt:
     @torch.no_grad()
     def wrong_share(self, x: Tensor, y: Tensor, draws: int) -> Tensor:
         """The share of draws in which the defective model is wrong; half counts as wrong."""
-        wrong = [predictions(self.model(x)) != y for _ in range(draws)]
+        asked = copy.deepcopy(self.model) if self.effort.fresh else self.model
+        wrong = [predictions(asked(x)) != y for _ in range(draws)]
         share = torch.stack(wrong).float().mean(0)
         return share + (share == 0.5) * 1e-3
 

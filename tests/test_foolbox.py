@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import sys
 import types
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from robustdeq.attacks.autoattack import Square
-from robustdeq.attacks.foolbox import Foolbox
+from robustdeq.attacks.foolbox import Foolbox, _own_randomness
 from torch import Tensor, nn
 from toys import Linear
 
@@ -169,20 +170,34 @@ def test_an_attack_without_a_norm_of_its_own_gets_the_threats(
 def test_what_the_caller_holds_is_left_alone(
     library: list[dict[str, Any]], linear: Linear, linear_data: tuple[Tensor, Tensor]
 ) -> None:
-    """Random states, gradients of parameters, grad mode; and equal seeds draw equal numbers."""
+    """Gradients of parameters, grad mode, random states; and equal seeds draw equal numbers."""
     linear.weight.grad = torch.ones_like(linear.weight)
-    held, own = linear.weight.grad, torch.ones_like(linear.weight)
-    states = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy())
+    held, state = linear.weight.grad, torch.get_rng_state()
     with torch.no_grad():
         run(Foolbox(attack="Fixed"), linear, *linear_data, "Linf:0.01")
         run(Foolbox(attack="Fixed"), linear, *linear_data, "Linf:0.01")
         assert not torch.is_grad_enabled()
     assert library[0]["draws"] == library[1]["draws"]
-    assert torch.equal(states[0], torch.get_rng_state())
-    assert states[1] == random.getstate()
-    assert np.array_equal(states[2], np.random.get_state()[1])
+    assert torch.equal(state, torch.get_rng_state())
     assert linear.weight.grad is held
-    assert torch.equal(held, own)
+    assert torch.equal(held, torch.ones_like(held))
+
+
+def test_every_global_generator_is_given_back() -> None:
+    """By itself, for the type checks of the tests draw from Python's generator too."""
+
+    def states() -> list[bytes]:
+        numpy = pickle.dumps(np.random.get_state())
+        return [torch.get_rng_state().numpy().tobytes(), pickle.dumps(random.getstate()), numpy]
+
+    before = states()
+    draws = []
+    for _ in range(2):
+        with _own_randomness(3, torch.device("cpu")):
+            draws.append((float(torch.rand(())), random.random(), float(np.random.rand())))
+            assert all(now != then for now, then in zip(states(), before, strict=True))
+        assert states() == before
+    assert draws[0] == draws[1]
 
 
 @pytest.mark.usefixtures("library")
@@ -284,28 +299,25 @@ class Detached(nn.Module):
 @pytest.mark.parametrize("side", [1, 2, 4, 5])
 @pytest.mark.parametrize("classes", [2, 4])
 def test_square_under_l2_on_images_that_are_too_small_for_it(side: int, classes: int) -> None:
-    """At the median of the exact radii it breaks at least half of what can be broken."""
+    """At twice the median of the exact radii; as often as on images that are large enough."""
     base = Linear(3 * side * side, classes)
     x = 0.4 + 0.2 * torch.rand(24, 3, side, side, generator=torch.Generator().manual_seed(0))
-    y = base(x).argmax(1)
-    lengths = torch.linspace(0.001, 0.3, 300)
-    shares = [
-        float(exactly_robust(base, x, y, Threat.parse(f"L2:{r:.3f}")).float().mean())
-        for r in lengths
-    ]
-    text = f"L2:{lengths[sum(share > 0.5 for share in shares)]:.3f}"
+    logits = base(x).detach()
+    y = logits.argmax(1)
+    length = (base.weight[y][:, None] - base.weight[None]).norm(dim=2)
+    gap = logits.gather(1, y[:, None]) - logits
+    gap[torch.arange(24), y] = torch.inf
+    text = f"L2:{2 * float((gap / length.detach().clamp_min(1e-9)).amin(1).median()):.3f}"
     exact = exactly_robust(base, x, y, Threat.parse(text))
-    assert 6 < int(exact.sum()) < 18
-    found = run(Square(queries=300), Detached(base), x, y, text).x
-    left = base(found).argmax(1) == y
+    left = base(run(Square(queries=300), Detached(base), x, y, text).x).argmax(1) == y
     assert bool((left >= exact).all())
-    assert 24 - int(left.sum()) >= 0.5 * (24 - int(exact.sum()))
+    assert int(left.sum()) <= 24 - 6
 
 
 def test_a_randomized_model_is_not_taken_for_broken_by_one_lucky_draw() -> None:
-    """Square stops at the first draw that errs; what most draws get right is no example."""
+    """Square stops at the first draw that errs; most of what it claims must err in most draws."""
     base = Linear(classes=4)
-    x = 0.3 + 0.4 * torch.rand(24, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+    x = 0.3 + 0.4 * torch.rand(60, 1, 8, 8, generator=torch.Generator().manual_seed(2))
     y = base(x).argmax(1)
 
     class Noisy(nn.Module):
@@ -313,14 +325,14 @@ def test_a_randomized_model_is_not_taken_for_broken_by_one_lucky_draw() -> None:
             logits: Tensor = base(x)
             return logits + 0.5 * torch.randn(logits.shape)
 
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
-        found = run(Square(queries=100), Noisy(), x, y, "Linf:0.002")
+        found = run(Square(queries=100), Noisy(), x, y, "Linf:0.001")
+        errs = torch.stack([Noisy()(found.x).argmax(1) != y for _ in range(400)])
     claimed = torch.tensor([name != "" for name in found.made_by])
-    assert 2 < int(claimed.sum()) < 16
-    gap = base(found.x).scatter(1, y[:, None], -torch.inf).amax(1) - base(found.x)[range(24), y]
-    # Nine draws in which five err, each by a difference of two normals: 0.7 is a deviation of it.
-    assert bool((gap[claimed] > -0.7).all())
+    luck = claimed & (errs.double().mean(0) < 0.5)
+    assert int(claimed.sum()) > 0
+    assert int(luck.sum()) <= 4  # by single draws 7
 
 
 def test_the_default_parameters_load() -> None:
