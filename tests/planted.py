@@ -91,7 +91,7 @@ class Defect:
         model = self.model()
         surrogates = tuple(make(model) for make in self.surrogates)
         robust = robust_under(model, surrogates, x, y, THREAT, effort or self.effort)
-        return float(robust.float().mean())
+        return float(robust.double().mean())
 
 
 @cache

@@ -19,17 +19,15 @@ from robustdeq.suite import AttackEntry, battery
 from robustdeq.threats import Threat
 from robustdeq.verdict import Verdict
 
-SLACK = 0.02
-"""Of robust accuracy, on 200 images: four of them."""
+SLACK = 0.02 + 1e-9
+"""Of robust accuracy, on 200 images: four of them (and what floats add)."""
 COSTLY = ("autoattack", "distill")
 """Entries of the battery that are left out where the others are enough."""
 OPEN = (
-    "Purifier", "PurifierByBackward", "SoftmaxOutput", "Thermometer", "IntegerCast", "Codebook",
-    "NumpyJPEG", "NumpyMedian", "WinnerTakesAll", "InputWarp", "RoundedLogits", "InputNoise",
-    "Dither", "RandomStart", "RandomDepth", "BatchStopping",
+    "Purifier", "PurifierByBackward", "SoftmaxOutput", "Codebook", "NumpyJPEG", "NumpyMedian",
+    "InputNoise", "Dither", "RandomStart", "RandomDepth",
 )  # fmt: skip
-"""Where the battery was measured above its oracle's accuracy, or not measured against the last one;
-all of them are flagged."""
+"""Where the battery was measured at, or above, two points more than the oracle; all are flagged."""
 HARMLESS = ("left_out",)
 """Flags that say nothing against a model."""
 SEEDS = ("", "_seed1", "_seed2")
