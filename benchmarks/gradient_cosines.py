@@ -13,7 +13,9 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Hashable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -36,21 +38,20 @@ def measured(folder: Path) -> pd.DataFrame:
     store = Store(folder / "records")
     lines = []
     for row in json.loads((folder / "run.json").read_text(encoding="utf-8"))["rows"]:
-        for key in row["records"].get("checks", [])[:1]:
-            record = store.summary(key)
-            checks = pd.DataFrame() if record is None else record.rows
-            for check in checks.to_dict("records"):
-                estimator = estimator_of(check)
-                if estimator and check["value"] == check["value"]:
-                    lines.append(
-                        {"id": row["case"]["id"], "gradient": estimator, "cosine": check["value"]}
-                    )
+        records = [store.summary(key) for keys in row["records"].values() for key in keys]
+        for record in records:
+            if record is None or record.meta.kind != "checks":
+                continue
+            for check in record.rows.to_dict("records"):
+                gradient, cosine = gradient_of(check), check["value"]
+                if gradient and cosine == cosine:
+                    lines.append({"id": row["case"]["id"], "gradient": gradient, "cosine": cosine})
     frame = pd.DataFrame(lines)
     iterating = frame.loc[frame["gradient"] != "honest", "id"]
     return frame[frame["id"].isin(iterating)]
 
 
-def estimator_of(check: dict[str, object]) -> str:
+def gradient_of(check: dict[Hashable, Any]) -> str:
     """The gradient that a check is about; empty for other checks."""
     name = str(check["name"])
     if name == "finite_differences":

@@ -5,7 +5,11 @@ AutoAttack of `torchattacks`, and Foolbox's strongest fixed-epsilon and minimiza
 is in the battery. The deployed predictor judges each candidate as it does in a run.
 
     robustdeq run digits --battery adaptive --out out
-    python benchmarks/peers.py digits out/digits --csv benchmarks/results/peers-digits.csv
+    pip install torchattacks foolbox
+    python benchmarks/peers.py digits out/digits
+
+`--page` only writes the table of the held results into docs/peers.md, between <!-- peers --> and
+<!-- end -->.
 """
 
 from __future__ import annotations
@@ -32,6 +36,11 @@ from robustdeq.suite import Case, expand, find_suite
 from robustdeq.targets import Target
 from robustdeq.threats import Threat, Violation
 from robustdeq.verdict import Verdict
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "peers-digits.csv"
+PAGE = ROOT / "docs" / "peers.md"
+PLACE = re.compile(r"(<!-- peers -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Peer = Callable[[nn.Module, Tensor, Tensor, Threat], Tensor]
 """From model, images, labels and threat to candidates."""
@@ -124,14 +133,40 @@ def _line(
     return line
 
 
+def table(frame: pd.DataFrame) -> str:
+    """The Markdown table: a line per row, a column per peer."""
+    names = list(dict.fromkeys(frame["peer"]))
+    head = ["Row", "Data", "n", "Left robust", "Allowed", *names]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for (row, dataset, threat), part in frame.groupby(["id", "dataset", "threat"], sort=False):
+        broken = part.set_index("peer")["broken"]
+        first = part.iloc[0]
+        cells = [f"`{row}`", f"{dataset}, {threat}", first["n"], first["robust"], first["allowed"]]
+        lines.append("| " + " | ".join(str(c) for c in [*cells, *broken[names]]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def filled(page: str, frame: pd.DataFrame) -> str:
+    """The page with its table."""
+    return PLACE.sub(lambda match: match[1] + table(frame) + match[2], page)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("suite")
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("suite", nargs="?")
+    parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--only", default="")
     parser.add_argument("--weights", type=Path)
-    parser.add_argument("--csv", type=Path, required=True)
+    parser.add_argument("--csv", type=Path, default=RESULTS)
+    parser.add_argument("--page", action="store_true")
     given = parser.parse_args()
+    if not given.page:
+        _measure(given)
+    text = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(filled(text, pd.read_csv(RESULTS)), encoding="utf-8")
+
+
+def _measure(given: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     lines: list[dict[str, Any]] = []

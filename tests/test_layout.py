@@ -134,6 +134,25 @@ def test_the_tables_in_docs_are_those_of_the_records() -> None:
         assert len(text.splitlines()) <= 90
 
 
+@pytest.mark.parametrize(
+    ("script", "results", "pages"),
+    [
+        ("claims", "claims", ("lyadeq", "neural_dynamics")),
+        ("gradient_cosines", "gradient_cosines", ("gradients",)),
+        ("peers", "peers-digits", ("peers",)),
+    ],
+)
+def test_the_tables_in_docs_are_those_of_the_benchmarks(
+    script: str, results: str, pages: tuple[str, ...]
+) -> None:
+    filled = runpy.run_path(str(ROOT / "benchmarks" / f"{script}.py"))["filled"]
+    frame = pd.read_csv(ROOT / "benchmarks" / "results" / f"{results}.csv")
+    for page in pages:
+        text = (ROOT / "docs" / f"{page}.md").read_text()
+        assert filled(text, frame) == text
+        assert filled(text, frame.iloc[:1]) != text
+
+
 def test_the_ablations_are_what_their_script_writes(tmp_path: Path) -> None:
     script = runpy.run_path(str(ROOT / "benchmarks" / "ablations.py"))
     held = (ROOT / "leaderboards" / "digits-ablations.toml").read_text()
