@@ -63,20 +63,19 @@ def verdict_of(defect: Defect, n: int, **settings: Any) -> Verdict:
 
 
 @by_name
-def test_planted_defect_is_flagged(defect: Defect) -> None:
-    verdict = verdict_of(defect, SAMPLES, attacks=[AttackEntry(attack="pgd")])
-    assert named(verdict.flags) & set(defect.flags), verdict.flags
-    assert verdict.track in defect.tracks
-
-
-@by_name
-def test_planted_defect_is_broken(defect: Defect) -> None:
-    bound = defect.oracle(*images()) + SLACK
+def test_planted_defect_is_flagged_and_broken(defect: Defect) -> None:
     entries = battery("adaptive")
     parts = [[e for e in entries if (e.attack, e.track) in some] for some in FIRST]
     parts.append([e for e in entries if e.attack not in COSTLY])
-    reached = (verdict_of(defect, SAMPLES, attacks=part).robust_acc for part in parts)
-    assert any(accuracy <= bound for accuracy in reached)
+    bound = defect.oracle(*images()) + SLACK
+    verdict = verdict_of(defect, SAMPLES, attacks=parts[0])
+    assert named(verdict.flags) & set(defect.flags), verdict.flags
+    assert verdict.track in defect.tracks
+    for part in parts[1:]:
+        if verdict.robust_acc <= bound:
+            break
+        verdict = verdict_of(defect, SAMPLES, attacks=part)
+    assert verdict.robust_acc <= bound
 
 
 @by_name
