@@ -28,11 +28,15 @@ View = Callable[[Images, States], Output]
 
 
 class Reading(NamedTuple):
-    """What is ascended (rows,), the view's logits, and the states to start the next solves from."""
+    """What is ascended (rows,), the view's logits, and the states to start the next solves from.
+
+    `gradient` is that of the losses, where the objective has it at hand; else autograd takes it.
+    """
 
     losses: PerSample
     logits: Logits
     states: States = ()
+    gradient: Images | None = None
 
 
 class Objective(Protocol):
@@ -245,7 +249,9 @@ def _part(
     with torch.set_grad_enabled(slope):
         reading = objective(x, lanes.samples, lanes.goals, states)
     gradient = torch.zeros_like(x)
-    if reading.losses.requires_grad:
+    if reading.gradient is not None:
+        gradient = _scaled(_finite(reading.gradient))
+    elif reading.losses.requires_grad:
         (gradient,) = torch.autograd.grad(
             reading.losses.sum(), x, allow_unused=True, materialize_grads=True
         )

@@ -10,15 +10,18 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from robustdeq.attacks._screen import Screen, unreliable
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from robustdeq.equilibrium import Lockstep
 from robustdeq.errors import UsageError
 from robustdeq.interfaces import Access, Budget, Candidates, Scope
 from robustdeq.randomness import SampleRandom
 from robustdeq.shapes import Images, Labels, Mask
 from robustdeq.targets import Target
 from robustdeq.threats import Threat
+from robustdeq.verdict import ENGINE_LEFT_OUT
 
 Version = Literal["standard", "plus", "rand"]
 _COMPONENTS: dict[str, tuple[str, ...]] = {
@@ -55,14 +58,33 @@ class AutoAttack:
     With fewer than 10 classes the targeted components take all other classes as targets; those
     that need more classes than there are are left out, and the row says so.
 
+    The engine `joint` runs the standard version on equilibrium models with states that are carried
+    from step to step (see `_screen.Screen`): about one evaluation of the cell per step, the same
+    attacks, budgets and losses. Where a model is not the fixed point of one cell, or plain steps
+    do not settle, the reference runs, and the row says so.
+
     Attributes:
         version: "standard", "plus" or "rand" (for randomized models).
+        engine: "reference" or "joint".
+        rerun: the share of survivors, nearest to the boundary, that the joint engine runs again
+            through the deployed solver.
     """
 
     needs: ClassVar[Access] = Access.GRADIENTS
     scope: ClassVar[Scope] = Scope.CHUNK
 
     version: Version = "standard"
+    engine: Literal["reference", "joint"] = "reference"
+    rerun: float = 0.15
+
+    def __post_init__(self) -> None:
+        if self.engine == "joint" and self.version != "standard":
+            raise UsageError(
+                f"autoattack has engine='joint', version={self.version!r}; the joint engine runs "
+                "version 'standard'."
+            )
+        if not 0 <= self.rerun <= 1:
+            raise UsageError(f"autoattack has rerun={self.rerun}; give a share from 0 to 1.")
 
     def components(self, classes: int) -> tuple[str, ...]:
         """The components that run with so many classes, in order."""
@@ -92,6 +114,21 @@ class AutoAttack:
         self, target: Target, x: Images, y: Labels, threat: Threat, rng: SampleRandom
     ) -> Candidates:
         """See `robustdeq.interfaces.Attack`."""
+        notes: tuple[str, ...] = ()
+        if self.engine == "joint":
+            dynamics = target.dynamics()
+            reason = "it is not the fixed point of one cell"
+            if dynamics is not None:
+                reason = unreliable(Lockstep(dynamics), x, y)
+            if dynamics is not None and not reason:
+                screen = Screen(target, dynamics, x, y, threat, rng.seed, rerun=self.rerun)
+                return screen.run()
+            notes = (f"{ENGINE_LEFT_OUT}, the reference ran: {reason}",)
+        return self._reference(target, x, y, threat, rng)._replace(notes=notes)
+
+    def _reference(
+        self, target: Target, x: Images, y: Labels, threat: Threat, rng: SampleRandom
+    ) -> Candidates:
         module = target.module()
         library = _library(module, threat, rng.seed, self.version, x.device)
         targets = min(9, target.classes - 1)

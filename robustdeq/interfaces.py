@@ -52,10 +52,14 @@ class Scope(StrEnum):
 
 
 class Candidates(NamedTuple):
-    """Candidates, with the name of the component that made each (empty where there is none)."""
+    """Candidates, with the name of the component that made each (empty where there is none).
+
+    `notes` are sentences on what the attack left out of this model; they stand in the row.
+    """
 
     x: Images
     made_by: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 class Budget(NamedTuple):

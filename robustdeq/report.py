@@ -19,8 +19,9 @@ NOTES = (
     "model. L1, corruptions and certified bounds are not covered.",
     "Robust (worst case): share of samples that are classified correctly and that no attack "
     "through any gradient broke, judged by the deployed predictor alone; Wilson interval.",
-    "AutoAttack: the reference library on whole chunks, alone. n/a: could not be measured, which "
-    "is never zero and never ranked.",
+    "AutoAttack: the reference library on whole chunks, alone; (joint): the same attacks, losses "
+    "and budgets with states that are carried from step to step, each example confirmed from a "
+    "cold start. n/a: could not be measured, which is never zero and never ranked.",
     "NFE: evaluations of the cell and vector-Jacobian products through it, over all stages; model "
     "calls for models that do not iterate.",
 )

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from robustdeq.datasets import check_dataset
 from robustdeq.differentiation import expand_gradients, parse_gradient
@@ -21,6 +21,7 @@ from robustdeq.threats import Threat
 FORMAT = 1
 Augmentation = Literal["none", "shift_flip"]
 Track = Literal["any", "deterministic", "randomized"]
+Engine = Literal["reference", "joint"]
 BATTERIES = "batteries"
 T = TypeVar("T")
 
@@ -117,7 +118,11 @@ class Curves:
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """A parsed suite; `folder` is where its file stands."""
+    """A parsed suite; `folder` is where its file stands.
+
+    `autoattack` is the engine of the column AutoAttack: "reference", the library, or "joint", the
+    same attacks with carried states on the models that allow it.
+    """
 
     name: str
     datasets: tuple[DatasetEntry, ...]
@@ -125,6 +130,7 @@ class Suite:
     defenses: tuple[DefenseEntry, ...]
     attacks: tuple[AttackEntry, ...] = ()
     battery: str = ""
+    autoattack: Engine = "reference"
     description: str = ""
     seed: int = 0
     chunk: int = 100
@@ -224,10 +230,12 @@ def adjusted(
     only: str | None = None,
     threat: str | None = None,
     curves: bool = False,
+    autoattack: str | None = None,
 ) -> Suite:
     """The suite with the command line's samples, battery and choice of rows in place of its own.
 
     Args:
+        autoattack: the engine of AutoAttack, in place of the suite's.
         only: a regular expression; rows in whose ID it is found stay.
         threat: in place of the suite's threats; rows that have their own stay if it is among them.
         curves: sanity curves, also where the suite does not ask for them.
@@ -242,6 +250,8 @@ def adjusted(
     if battery_name is not None:
         battery(battery_name)
         suite = replace(suite, battery=battery_name, attacks=())
+    if autoattack is not None:
+        suite = replace(suite, autoattack=_engine(autoattack, "--autoattack"))
     if curves and suite.curves is None:
         suite = replace(suite, curves=Curves())
     if threat is not None:
@@ -295,7 +305,22 @@ def pattern(text: str) -> re.Pattern[str]:
 def attacks_of(suite: Suite) -> tuple[AttackEntry, ...]:
     """All attacks of a suite, its battery's first, with their parameters resolved."""
     listed = (*(battery(suite.battery) if suite.battery else ()), *suite.attacks)
-    return tuple(resolved(entry) for entry in listed)
+    return tuple(resolved(_driven(entry, suite.autoattack)) for entry in listed)
+
+
+def _driven(entry: AttackEntry, engine: Engine) -> AttackEntry:
+    """AutoAttack standard by the suite's engine, where the entry names none."""
+    own = entry.parameters.get("version", "standard") != "standard" or "engine" in entry.parameters
+    if entry.attack != "autoattack" or engine == "reference" or own:
+        return entry
+    return replace(entry, parameters={**entry.parameters, "engine": engine})
+
+
+def _engine(name: str, where: str) -> Engine:
+    for engine in get_args(Engine):
+        if name == engine:
+            return cast("Engine", engine)
+    raise UsageError(f"{where} is {name!r}; give one of {', '.join(get_args(Engine))}.")
 
 
 def resolved(entry: AttackEntry) -> AttackEntry:

@@ -14,8 +14,8 @@ from robustdeq.verdict import Verdict
 
 COLUMNS = (
     "rank", "id", "defense", "dataset", "threat", "n", "clean_acc", "autoattack_acc",
-    "robust_acc", "robust_low", "robust_high", "seeds", "broken_by", "credit", "flags",
-    "forward_nfe", "backward_nfe", "seconds", "peak_memory_mib", "weights_sha256", "track",
+    "autoattack_engine", "robust_acc", "robust_low", "robust_high", "seeds", "broken_by",
+    "credit", "flags", "forward_nfe", "backward_nfe", "seconds", "peak_memory_mib", "weights_sha256", "track",
     "status", "note",
 )  # fmt: skip
 COST_COLUMNS = ("seconds", "peak_memory_mib")
@@ -179,7 +179,7 @@ def _markdown_cells(row: pd.Series) -> list[str]:
         row["defense"],
         str(row["n"]),
         _percent(row["clean_acc"]),
-        _percent(row["autoattack_acc"]),
+        _percent(row["autoattack_acc"]) + _engine(row["autoattack_engine"]),
         _percent(row["robust_acc"]),
         interval,
         row["seeds"],
@@ -190,6 +190,10 @@ def _markdown_cells(row: pd.Series) -> list[str]:
         f"{row['seconds']:.1f}",
     )
     return [_escaped(cell) for cell in cells]
+
+
+def _engine(name: str) -> str:
+    return "" if name in ("", "reference") else f" ({name})"
 
 
 def _remarks(row: pd.Series) -> str:

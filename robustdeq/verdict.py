@@ -18,6 +18,8 @@ import pandas as pd
 from robustdeq.records import Record, broken
 from robustdeq.statistics import wilson
 
+ENGINE_LEFT_OUT = "joint engine left out"
+"""How the note begins where the reference ran in place of the joint engine."""
 DOUBT_GAIN = 0.02
 """Share of samples that other means broke, from which honest gradients are doubted,"""
 DOUBT_P_VALUE = 0.01
@@ -58,6 +60,8 @@ class Verdict:
     Attributes:
         clean_acc: accuracy of the deployed predictor without an attack.
         autoattack_acc: accuracy after AutoAttack (standard, or rand for randomized models) alone.
+        autoattack_engine: what ran it: "reference", the library; or "joint", the same attacks with
+            states that are carried from step to step.
         robust_acc: worst case per sample over all attacks and gradients.
         robust_low, robust_high: 95 % Wilson interval of `robust_acc`.
         broken_by: how many samples each attack was the first to break.
@@ -83,6 +87,7 @@ class Verdict:
     n: int
     clean_acc: float | None = None
     autoattack_acc: float | None = None
+    autoattack_engine: str = ""
     robust_acc: float | None = None
     robust_low: float | None = None
     robust_high: float | None = None
@@ -261,7 +266,16 @@ def _add_accuracies(verdict: Verdict, attacks: dict[str, pd.DataFrame], evidence
         if len(rows) == verdict.n:
             correct = rows["clean_correct"].astype(bool) & ~broken(rows)
             verdict.autoattack_acc = float(correct.mean())
+            verdict.autoattack_engine = _engine(evidence, label)
             return
+
+
+def _engine(evidence: Evidence, label: str) -> str:
+    """Which engine ran AutoAttack; the reference where the joint one was left out."""
+    metas = [r.meta for r in _of(evidence, "attack") if r.meta.label == label]
+    fell_back = any(note.startswith(ENGINE_LEFT_OUT) for meta in metas for note in meta.notes)
+    engine = str(metas[0].stage.get("parameters", {}).get("engine", "reference"))
+    return "reference" if fell_back else engine
 
 
 def _autoattack_labels(evidence: Evidence, version: str) -> list[str]:

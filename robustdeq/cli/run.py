@@ -23,6 +23,10 @@ def run(
     battery: Annotated[
         str | None, typer.Option(help="Attacks in place of the suite's own.")
     ] = None,
+    autoattack: Annotated[
+        str | None,
+        typer.Option(help="What runs AutoAttack: reference, or joint (much faster on DEQs)."),
+    ] = None,
     samples: Annotated[int | None, typer.Option(help="Test samples per row.")] = None,
     only: Annotated[
         str | None, typer.Option(help="Rows in whose ID this regular expression is found.")
@@ -49,7 +53,7 @@ def run(
     del debug
     if workers is not None and workers < 1:
         raise UsageError(f"--workers is {workers}; give at least 1.")
-    chosen = adjusted(find_suite(suite), samples, battery, only, threat, curves)
+    chosen = adjusted(find_suite(suite), samples, battery, only, threat, curves, autoattack)
     if estimate:
         _print_estimate(chosen, device, weights, workers)
         return

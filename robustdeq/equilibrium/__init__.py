@@ -17,6 +17,7 @@ from robustdeq.equilibrium.gradients import (
 )
 from robustdeq.equilibrium.iteration import Method, Solver
 from robustdeq.equilibrium.joint import Dynamics, JointAscent, JointState, JointStep
+from robustdeq.equilibrium.lockstep import Glance, Lockstep, Look
 from robustdeq.equilibrium.model import EquilibriumClassifier
 from robustdeq.equilibrium.solution import (
     AdjointTrace,
@@ -30,8 +31,8 @@ from robustdeq.equilibrium.states import Intermediate, SimultaneousAdjoint
 
 __all__ = [
     "AdjointTrace", "Anderson", "Backprop", "Broyden", "Cell", "Drive", "Dynamics",
-    "EquilibriumClassifier", "FixedPoint", "Honest", "Implicit", "Injection", "Intermediate",
-    "JointAscent", "JointState", "JointStep", "Meter", "Method", "OneStep", "Phantom", "Problem",
-    "SimultaneousAdjoint", "Solve", "SolveGradient", "Solver", "Unrolled", "Value", "metered",
-    "relative_residual", "splice",
+    "EquilibriumClassifier", "FixedPoint", "Glance", "Honest", "Implicit", "Injection",
+    "Intermediate", "JointAscent", "JointState", "JointStep", "Lockstep", "Look", "Meter",
+    "Method", "OneStep", "Phantom", "Problem", "SimultaneousAdjoint", "Solve", "SolveGradient",
+    "Solver", "Unrolled", "Value", "metered", "relative_residual", "splice",
 ]  # fmt: skip

@@ -334,14 +334,16 @@ def _attack(chain: Chain, stage: Stage) -> _Result:
     rows = chain.survivors() if stage.scope is Scope.SURVIVORS else list(range(len(chunk.y)))
     x_adv = chunk.x.clone()
     made_by = [""] * len(chunk.y)
+    own: tuple[str, ...] = ()
     if rows:
         found = _candidates(chain, stage, rows)
+        own = found.notes
         x_adv[rows] = found.x.to(x_adv)
         for row, name in zip(rows, found.made_by, strict=True):
             made_by[row] = name
     frame = _scored(chain, rows, x_adv, made_by)
     notes = option(stage.plugin, "left_out", lambda classes: ())(subject.classes)
-    return _Result(_with_adjoint(chain, stage, rows, x_adv, frame), notes=tuple(notes))
+    return _Result(_with_adjoint(chain, stage, rows, x_adv, frame), notes=(*notes, *own))
 
 
 def _candidates(chain: Chain, stage: Stage, rows: list[int]) -> Candidates:
@@ -362,7 +364,9 @@ def _candidates(chain: Chain, stage: Stage, rows: list[int]) -> Candidates:
     if not isinstance(candidates.x, Tensor) or candidates.x.shape != x.shape:
         shape = getattr(candidates.x, "shape", type(candidates.x).__name__)
         raise CaseError(f"the attack returned {shape} for inputs of shape {tuple(x.shape)}.")
-    return Candidates(candidates.x.detach(), tuple(candidates.made_by))
+    return Candidates(
+        candidates.x.detach(), tuple(candidates.made_by), tuple(map(str, candidates.notes))
+    )
 
 
 def _scored(chain: Chain, rows: list[int], x_adv: Images, made_by: list[str]) -> pd.DataFrame:

@@ -1,0 +1,43 @@
+"""Ascent of a loss with states that are carried from step to step; see `_ascent.Objective`."""
+
+from __future__ import annotations
+
+from robustdeq.attacks._ascent import Reading, States
+from robustdeq.attacks._ledger import ROWS
+from robustdeq.attacks._losses import GoalLoss
+
+from robustdeq.equilibrium import JointState, Lockstep
+from robustdeq.shapes import Counts, Images, Labels, Logits, PerSample
+
+
+class Carried:
+    """A loss of the logits that one evaluation of the cell shows.
+
+    They lag behind the input, so the ledger asks the deployed predictor, cold, about those that
+    claim to be fooled and about nothing else until the end.
+
+    Args:
+        settled: state and adjoint of each sample to begin with, at any input near by.
+        first: looks at the start of a run, while the adjoint is still that of nothing.
+    """
+
+    trusted, warm, rows = True, True, ROWS
+
+    def __init__(
+        self, lockstep: Lockstep, y: Labels, loss: GoalLoss, settled: JointState, first: int = 6
+    ) -> None:
+        self.lockstep, self.y, self.loss = lockstep, y, loss
+        self.settled, self.first = settled, first
+
+    def __call__(self, x: Images, samples: Counts, goals: Labels, states: States) -> Reading:
+        """See `Objective`."""
+
+        def loss(logits: Logits) -> PerSample:
+            return self.loss(logits, self.y[samples], goals)
+
+        looks = 1 if states else self.first
+        state = JointState(*states) if states else self.settled.take(samples)
+        for _ in range(looks):
+            look = self.lockstep.look(x, state, loss)
+            state = look.state
+        return Reading(look.losses, look.logits, tuple(state), look.gradient)

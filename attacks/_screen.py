@@ -1,0 +1,179 @@
+"""AutoAttack standard at about one evaluation of the cell per step: screen, re-run, confirm."""
+
+from __future__ import annotations
+
+import torch
+from robustdeq.attacks._apgd import AutoPGD
+from robustdeq.attacks._ascent import Lanes, LogitLoss, Objective, ascend
+from robustdeq.attacks._carried import Carried
+from robustdeq.attacks._carried_fab import carried_fab
+from robustdeq.attacks._carried_square import calibrated, carried_square
+from robustdeq.attacks._ledger import Ledger
+from robustdeq.attacks._losses import cross_entropy, named_loss
+from robustdeq.attacks._starts import side_by_side
+from torch import Tensor
+
+from robustdeq.equilibrium import Dynamics, Lockstep
+from robustdeq.interfaces import Candidates
+from robustdeq.shapes import Counts, Images, Labels, Logits, PerSample
+from robustdeq.targets import Target
+from robustdeq.threats import Norm, Threat
+
+STEPS = 100
+"""Of APGD in AutoAttack."""
+QUERIES = 5000
+"""Of Square in AutoAttack."""
+LOOKS = 40
+"""By which state and adjoint must have settled at a clean input."""
+SETTLED = 0.05
+"""Relative change at which they have not."""
+
+
+def unreliable(lockstep: Lockstep, x: Images, y: Labels) -> str:
+    """Why carried states cannot be trusted for this model; empty where they can.
+
+    Plain steps of the cell, and of its adjoint, are repeated at the clean inputs from where the
+    deployed solver ends: they must stay, and settle.
+    """
+
+    def loss(logits: Logits) -> PerSample:
+        return cross_entropy(logits, y)
+
+    state = lockstep.settled(x)
+    for _ in range(LOOKS):
+        look = lockstep.look(x, state, loss)
+        before, state = state, look.state
+    moved = (state.adjoint - before.adjoint).flatten(1).norm(dim=1)
+    size = state.adjoint.flatten(1).norm(dim=1).clamp_min(1e-12)
+    for name, worst in (("state", look.residual), ("adjoint", moved / size)):
+        if not float(worst.max()) < SETTLED:  # also where it is no number
+            return f"its {name} still moves by {float(worst.max()):.2g} after {LOOKS} plain steps"
+    return ""
+
+
+class Screen:
+    """One chunk's way through the components.
+
+    *Screen*: APGD-CE, APGD-T, FAB-T and Square, in the reference's order, with its budgets, losses
+    and random starts, on gradients and logits at one evaluation of the cell, and one product with
+    its Jacobian, per step. What claims to be fooled is put to the deployed predictor, cold;
+    nothing else ends a sample's search. *Re-run*: the survivors nearest to the boundary face
+    APGD-CE and APGD-T again through the deployed solver and its own gradient, from the same
+    starts. *Confirm*: the judge, as ever.
+
+    Args:
+        rerun: the share of the survivors that is run again.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        dynamics: Dynamics,
+        x: Images,
+        y: Labels,
+        threat: Threat,
+        seed: int,
+        *,
+        rerun: float,
+        queries: int = QUERIES,
+    ) -> None:
+        self.target, self.threat, self.seed = target, threat, seed
+        self.rerun, self.queries = rerun, queries
+        self.x, self.y = x, y
+        self.lockstep = Lockstep(dynamics)
+        self.ledger = Ledger(target, x, y)
+        self.settled = self.lockstep.settled(x)
+
+    def run(self) -> Candidates:
+        """All components, and the second run of those that came near."""
+        ledger, classes = self.ledger, self.target.classes
+        goals = ledger.likeliest(9)
+        none = torch.full_like(self.y, -1)[:, None]
+        self._apgd("apgd-ce", "ce", none, again=False)
+        if classes > 3:
+            self._apgd("apgd-t", "targeted_dlr", goals, again=False)
+        self._fab(goals)
+        self._square()
+        near = self._near()
+        self._apgd("apgd-ce", "ce", none, again=True, among=near)
+        if classes > 3:
+            self._apgd("apgd-t", "targeted_dlr", goals, again=True, among=near)
+        return ledger.candidates()
+
+    def _apgd(
+        self, name: str, loss: str, goals: Tensor, *, again: bool, among: Counts | None = None
+    ) -> None:
+        """One component, screened or `again` through the deployed solver."""
+        open_ = self.ledger.open()
+        rows = open_ if among is None else among[~self.ledger.settled[among]]
+        if not len(rows):
+            return
+        samples, classes = side_by_side(goals, rows)
+        lanes = Lanes(samples, classes, self._starts(goals.shape[1], open_, rows))
+        fun = named_loss(loss, self.target.classes)
+        objective: Objective = LogitLoss(self.target, self.y, fun)
+        if not again:
+            objective = Carried(self.lockstep, self.y, fun, self.settled)
+        self.ledger.sign(name)
+        ascend(objective, AutoPGD(self.x[samples], self.threat, STEPS), STEPS, lanes, self.ledger)
+
+    def _starts(self, goals: int, open_: Counts, rows: Counts) -> Images:
+        """The reference's: one draw for all open samples, for each goal in turn."""
+        chosen = torch.isin(open_, rows)
+        shape, clean = self.x[open_].shape, self.x[rows]
+        generator = torch.Generator().manual_seed(self.seed)
+        starts = []
+        for _ in range(goals):
+            if self.threat.norm is Norm.LINF:
+                drawn = 2 * torch.rand(shape, generator=generator) - 1
+                size = drawn.flatten(1).abs().amax(1)
+            else:
+                drawn = torch.randn(shape, generator=generator)
+                size = drawn.flatten(1).norm(dim=1)
+            unit = (drawn / size.clamp_min(1e-12).view(-1, 1, 1, 1)).to(clean)[chosen]
+            starts.append(self.threat.project(clean, clean + self.threat.eps * unit))
+        return torch.cat(starts)
+
+    def _fab(self, goals: Tensor) -> None:
+        samples, classes = side_by_side(goals, self.ledger.open())
+        if not len(samples):
+            return
+        self.ledger.sign("fab-t")
+        carried_fab(
+            self.lockstep,
+            self.settled.take(samples),
+            self.ledger,
+            samples,
+            classes,
+            self.x[samples],
+            self.threat,
+        )
+
+    def _square(self) -> None:
+        samples = self.ledger.open()
+        if not len(samples):
+            return
+        self.ledger.sign("square")
+        generator = torch.Generator().manual_seed(self.seed)
+        signs = (torch.rand(self.x.shape, generator=generator) - 0.5).sign().to(self.x)
+        moved = self.threat.project(self.x, self.x + self.threat.eps * signs)
+        bound = calibrated(self.lockstep, self.settled, moved, self.y)
+        with torch.random.fork_rng(devices=[]):
+            carried_square(
+                self.lockstep,
+                self.settled.take(samples),
+                self.ledger,
+                samples,
+                self.x[samples],
+                self.threat,
+                queries=self.queries,
+                bound=bound,
+                seed=self.seed,
+            )
+
+    def _near(self) -> Counts:
+        """The survivors whose best candidates came nearest to the boundary."""
+        open_ = self.ledger.open()
+        count = -int(-self.rerun * len(open_) // 1)
+        order = self.ledger.margin[open_].argsort(descending=True, stable=True)
+        return open_[order[:count]].sort().values

@@ -1,0 +1,144 @@
+"""Gradients at one evaluation of the cell and one product with its Jacobian, by carried states.
+
+An attack moves its input a little at each step, so that state and adjoint of the step before are
+nearly those of this one. A solve and an adjoint solve per step are replaced by one step of each
+(Gurumurthy et al. 2021, "Joint Inference and Input Optimization in Equilibrium Networks"); where
+the input rests, both converge to the solve's and the implicit gradient's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from robustdeq.equilibrium.joint import Dynamics, JointState
+from robustdeq.equilibrium.model import EquilibriumClassifier
+from robustdeq.equilibrium.solution import relative_residual
+from robustdeq.shapes import Images, Logits, PerSample
+
+Loss = Callable[[Logits], PerSample]
+
+
+class Look(NamedTuple):
+    """What one step of state and adjoint shows at an input.
+
+    Attributes:
+        state: to carry to the next look.
+        logits: of the state after its step, (batch, classes).
+        losses: of these logits, (batch,).
+        gradient: of the losses in the input, (batch, channels, height, width).
+        residual: relative, of the state before its step.
+    """
+
+    state: JointState
+    logits: Logits
+    losses: PerSample
+    gradient: Images
+    residual: PerSample
+
+
+class Glance(NamedTuple):
+    """The same without a gradient; the adjoint is left as it is."""
+
+    state: JointState
+    logits: Logits
+    residual: PerSample
+
+
+@dataclass(frozen=True)
+class Lockstep:
+    """The joint iteration of a model, for attacks that carry its states from step to step.
+
+    The adjoint is that of a loss whose slope in the state has length 1: losses that rescale from
+    step to step (DLR, cross-entropy of sure predictions) leave it valid.
+
+    Attributes:
+        dynamics: the model, and how far state and adjoint move at a step.
+        updates: evaluations per look. All but the last one are of the state alone.
+    """
+
+    dynamics: Dynamics
+    updates: int = 1
+
+    @torch.no_grad()
+    def settled(self, x: Images) -> JointState:
+        """The state of the deployed solver from its cold start, and an adjoint of 0."""
+        model = self.dynamics.model
+        solve = model.drive()
+        z = solve(model.cell, model.embed(x.to(_dtype(model, x)))).z.detach()
+        return JointState(z, torch.zeros_like(z))
+
+    def look(self, x: Images, state: JointState, loss: Loss) -> Look:
+        """One look at `x`.
+
+        Args:
+            loss: from logits to the loss of each sample.
+        """
+        z = self._advanced(x, state.z, self.updates - 1)
+        model = self.dynamics.model
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            z = z.detach().requires_grad_()
+            image = model.cell(z, model.embed(x.to(z.dtype)), 0)
+            read = image.detach().requires_grad_()
+            logits = model.readout(read)
+            losses = loss(logits)
+            (slope,) = torch.autograd.grad(
+                losses.sum(), read, allow_unused=True, materialize_grads=True
+            )
+            size = _lengths(slope)
+            carried = slope / size + state.adjoint
+            adjoint, gradient = torch.autograd.grad(
+                image, (z, x), carried, allow_unused=True, materialize_grads=True
+            )
+        following = JointState(
+            self._damped(z, image, self.dynamics.damping).detach(),
+            self._damped(state.adjoint, adjoint, self.dynamics.adjoint_damping).detach(),
+        )
+        residual = relative_residual(image.detach(), z.detach())
+        scale = size.view(-1, *[1] * (x.dim() - 1))
+        return Look(following, logits.detach(), losses.detach(), (gradient * scale).to(x), residual)
+
+    @torch.no_grad()
+    def glance(self, x: Images, state: JointState, updates: int = 1) -> Glance:
+        """Some steps of the state alone."""
+        model = self.dynamics.model
+        z, image = state.z, state.z
+        injection = model.embed(x.to(z.dtype))
+        for _ in range(updates):
+            z = self._damped(z, image, self.dynamics.damping)
+            image = model.cell(z, injection, 0)
+        moved = self._damped(z, image, self.dynamics.damping)
+        residual = relative_residual(image, z)
+        return Glance(JointState(moved, state.adjoint), model.readout(image), residual)
+
+    @torch.no_grad()
+    def _advanced(self, x: Images, z: Tensor, updates: int) -> Tensor:
+        if not updates:
+            return z
+        model = self.dynamics.model
+        injection = model.embed(x.to(z.dtype))
+        for _ in range(updates):
+            z = self._damped(z, model.cell(z, injection, 0), self.dynamics.damping)
+        return z
+
+    @staticmethod
+    def _damped(before: Tensor, after: Tensor, damping: float) -> Tensor:
+        return after if damping == 1.0 else before + damping * (after - before)
+
+
+def _dtype(model: EquilibriumClassifier, x: Images) -> torch.dtype:
+    """That of the model's parameters, in which it is evaluated."""
+    kinds = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return next(kinds, x.dtype)
+
+
+def _lengths(slope: Tensor) -> Tensor:
+    """The length of each sample's slope; 1 where there is none."""
+    length = slope.flatten(1).norm(dim=1)
+    length = torch.where(length > 0, length, torch.ones_like(length))
+    return length.view(-1, *[1] * (slope.dim() - 1))

@@ -1,0 +1,199 @@
+"""AutoAttack on carried states: the reference's verdicts at a fraction of its evaluations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from attacked import BALL, Centered, attacked, contested
+from robustdeq.attacks._carried_square import calibrated, carried_square
+from robustdeq.attacks._ledger import Ledger
+from robustdeq.attacks._screen import Screen, unreliable
+from robustdeq.attacks.autoattack import AutoAttack
+from torch import Tensor, nn
+
+import robustdeq
+from robustdeq.datasets import load_slice
+from robustdeq.equilibrium import (
+    Anderson,
+    Dynamics,
+    EquilibriumClassifier,
+    FixedPoint,
+    Lockstep,
+    metered,
+)
+from robustdeq.errors import UsageError
+from robustdeq.randomness import SampleRandom
+from robustdeq.suite import AttackEntry, adjusted, attacks_of, find_suite
+from robustdeq.tables import tabulate, to_markdown
+from robustdeq.targets import Target
+from robustdeq.threats import Threat
+
+JOINT = AutoAttack(engine="joint")
+
+
+def digits(n: int) -> tuple[Tensor, Tensor]:
+    part = load_slice("digits", "test", n)
+    return torch.from_numpy(part.images).float() / 255, torch.from_numpy(part.labels)
+
+
+@pytest.mark.parametrize(("text", "n"), [("Linf:3/16", 10), ("L2:0.5", 6)])
+def test_the_verdict_is_the_reference_s(text: str, n: int) -> None:
+    model, threat = robustdeq.load_model("Madry2018Towards_deq"), Threat.parse(text)
+    x, y = digits(n)
+    robust, cost = [], []
+    for attack in (JOINT, AutoAttack()):
+        with metered() as meter:
+            found = attacked(attack, Target(model, 10), x, y, threat)
+        with torch.no_grad():
+            robust.append((model(found).argmax(1) == y) & (model(x).argmax(1) == y))
+        cost.append(meter.forward + meter.backward)
+    assert torch.equal(*robust)
+    assert 0 < int(robust[0].sum()) < n
+    assert cost[1] > 3 * cost[0]
+
+
+def test_every_component_finds_and_signs() -> None:
+    model = Centered()
+    x, y = contested(model, 24)
+    screen = Screen(Target(model, 4), Dynamics(model), x, y, BALL, 0, rerun=0.2, queries=200)
+    out = screen.run()
+    assert {"apgd-ce"} <= set(out.made_by) <= {"apgd-ce", "apgd-t", "fab-t", "square", ""}
+    assert not any(BALL.violations(x, out.x))
+
+
+class TwoBasins(EquilibriumClassifier):
+    """z = tanh(4 z + u): two states answer to a small u, and 0 leads to the one of u's sign.
+
+    A state that is carried stays in its basin while u changes its sign; the cold one does not.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(FixedPoint(tolerance=1e-6, max_steps=200))
+        self.gain = nn.Parameter(torch.tensor(4.0))
+
+    def embed(self, x: Tensor) -> Tensor:
+        return x.flatten(1).mean(1, keepdim=True) - 0.5
+
+    def cell(self, z: Tensor, injection: Tensor, step: int) -> Tensor:
+        return torch.tanh(self.gain * z + injection)
+
+    def readout(self, z: Tensor) -> Tensor:
+        return torch.cat([z, -z], 1)
+
+
+def test_a_model_with_two_basins_is_judged_cold() -> None:
+    model, threat = TwoBasins(), Threat.parse("Linf:0.1")
+    x = torch.linspace(0.35, 0.65, 24).view(-1, 1, 1, 1).expand(-1, 1, 3, 3).contiguous()
+    y = model(x).argmax(1).detach()
+    target = Target(model, 2)
+    # The carried state follows its basin, wherever the input goes.
+    lockstep = Lockstep(Dynamics(model))
+    settled = lockstep.settled(x)
+    assert torch.equal(lockstep.glance(1 - x, settled, 50).logits.argmax(1), y)
+    assert torch.equal(model(1 - x).argmax(1), 1 - y)
+    # What it finds is real all the same, and no more than is there.
+    found = Screen(target, Dynamics(model), x, y, threat, 0, rerun=0.0, queries=300).run().x
+    assert not any(threat.violations(x, found))
+    fooled = model(found).argmax(1) != y
+    reachable = (x.flatten(1).mean(1) - 0.5).abs() < 0.1
+    assert not bool((fooled & ~reachable).any())
+
+
+def test_queries_that_end_early_decide_as_solved_ones_do() -> None:
+    model = robustdeq.load_model("Madry2018Towards_deq")
+    threat = Threat.parse("Linf:1/8")
+    x, y = digits(12)
+    lockstep = Lockstep(Dynamics(model))
+    settled = lockstep.settled(x)
+    bound = calibrated(lockstep, settled, (x + 0.1).clamp(0, 1), y)
+    assert 0 < bound < 100
+
+    def found(bound: float) -> tuple[Tensor, int]:
+        ledger = Ledger(Target(model, 10), x, y)
+        samples = ledger.open()
+        state = settled.take(samples)
+        with metered() as meter:
+            carried_square(
+                lockstep, state, ledger, samples, x[samples], threat,
+                queries=150, bound=bound, seed=0,
+            )  # fmt: skip
+        return ledger.margin, meter.forward
+
+    (early, cheap), (solved, dear) = found(bound), found(1e9)
+    torch.testing.assert_close(early, solved, rtol=1e-2, atol=1e-2)
+    assert cheap < 0.6 * dear
+
+
+class Expanding(TwoBasins):
+    """A deployed solver with mixing finds a fixed point that plain steps run away from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.solver = Anderson(tolerance=1e-5, max_steps=60)
+
+    def cell(self, z: Tensor, injection: Tensor, step: int) -> Tensor:
+        return -1.6 * z + injection + 0.1 * torch.tanh(self.gain * z)
+
+
+def test_a_model_whose_plain_steps_do_not_settle_falls_back_and_says_so() -> None:
+    model = Expanding()
+    x, y = contested_by(model)
+    assert "still moves" in unreliable(Lockstep(Dynamics(model)), x, y)
+    entry = AttackEntry(attack="autoattack", parameters={"engine": "joint"})
+    reference = AttackEntry(attack="autoattack")
+    joint, plain = (
+        robustdeq.evaluate(model, x, y, threat="Linf:0.02", attacks=[e]) for e in (entry, reference)
+    )
+    assert joint.autoattack_engine == plain.autoattack_engine == "reference"
+    assert joint.autoattack_acc == plain.autoattack_acc
+    assert any("joint engine left out" in flag for flag in joint.flags)
+    assert torch.equal(joint.adversarials, plain.adversarials)
+
+
+def contested_by(model: nn.Module) -> tuple[Tensor, Tensor]:
+    x = torch.linspace(0.47, 0.53, 4).view(-1, 1, 1, 1).expand(-1, 1, 5, 5).contiguous()
+    return x, model(x).argmax(1).detach()
+
+
+def test_a_model_that_does_not_iterate_gets_the_reference() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    x, y = digits(4)
+    out = JOINT.run(Target(model, 10), x, y, BALL, SampleRandom(0, "t", range(4)))
+    assert out.notes == (
+        "joint engine left out, the reference ran: it is not the fixed point of one cell",
+    )
+
+
+def test_a_row_says_which_engine_ran() -> None:
+    model = robustdeq.load_model("Madry2018Towards_deq")
+    x, y = digits(4)
+    entry = AttackEntry(attack="autoattack", parameters={"engine": "joint"})
+    verdict = robustdeq.evaluate(model, x, y, threat="Linf:0.3", attacks=[entry])
+    assert verdict.autoattack_engine == "joint"
+    assert verdict.autoattack_acc == verdict.robust_acc
+    assert "(joint)" in to_markdown(tabulate([verdict]), "t", ())
+
+
+def test_a_suite_and_the_command_line_choose_the_engine() -> None:
+    suite = find_suite("digits")
+    for chosen, engine in (
+        (suite, "reference"),
+        (adjusted(suite, None, "adaptive", autoattack="joint"), "joint"),
+    ):
+        engines = {
+            e.parameters["engine"] for e in attacks_of(chosen)
+            if e.attack == "autoattack" and e.parameters["version"] == "standard"
+        }  # fmt: skip
+        assert engines == {engine}
+    with pytest.raises(UsageError, match="--autoattack is 'fast'; give one of reference, joint"):
+        adjusted(suite, None, None, autoattack="fast")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"engine": "joint", "version": "rand"}, {"rerun": 1.5}, {"rerun": -0.1}]
+)
+def test_parameters_that_do_not_fit_are_named(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=f"{next(iter(wrong))}="):
+        AutoAttack(**wrong)

@@ -1,0 +1,90 @@
+"""Looks with carried states, against dense references and against solves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from toys import ToyEquilibrium
+
+from robustdeq.equilibrium import Dynamics, FixedPoint, Implicit, JointState, Lockstep, metered
+
+
+def logsumexp(logits: Tensor) -> Tensor:
+    return logits.logsumexp(1)
+
+
+def honest(model: ToyEquilibrium, x: Tensor) -> Tensor:
+    leaf = x.clone().requires_grad_()
+    (found,) = torch.autograd.grad(logsumexp(model(leaf)).sum(), leaf)
+    return found
+
+
+@pytest.mark.parametrize("damping", [1.0, 0.6])
+@pytest.mark.parametrize("updates", [1, 3])
+def test_joint_warm_and_cold_looks_agree_at_a_fixed_point(
+    toy_images: Tensor, damping: float, updates: int
+) -> None:
+    tight = FixedPoint(tolerance=1e-13, max_steps=500)
+    toy = ToyEquilibrium(tight, Implicit(tight))
+    lockstep = Lockstep(Dynamics(toy, damping, damping), updates)
+    dense_logits, dense = toy.dense_gradient(toy_images)
+    cold = JointState(torch.zeros(len(toy_images), 12).double(), torch.zeros(1).double())
+    for state in (lockstep.settled(toy_images), lockstep.dynamics.start(toy_images), cold):
+        for _ in range(400):
+            look = lockstep.look(toy_images, state, logsumexp)
+            state = look.state
+        torch.testing.assert_close(look.logits, dense_logits, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(look.gradient, dense, rtol=1e-8, atol=1e-9)
+        assert float(look.residual.max()) < 1e-10
+    torch.testing.assert_close(honest(toy, toy_images), dense, rtol=1e-7, atol=1e-9)
+
+
+def test_the_gradient_has_the_size_of_the_loss_and_the_adjoint_has_not(
+    toy: ToyEquilibrium, toy_images: Tensor
+) -> None:
+    lockstep = Lockstep(Dynamics(toy))
+    state = lockstep.settled(toy_images)
+    small, large = (
+        lockstep.look(toy_images, state, lambda logits, f=factor: f * logsumexp(logits))
+        for factor in (1.0, 1e6)
+    )
+    torch.testing.assert_close(large.gradient, 1e6 * small.gradient)
+    torch.testing.assert_close(large.state.adjoint, small.state.adjoint)
+    flat = lockstep.look(toy_images, state, lambda logits: 0.0 * logsumexp(logits))
+    assert not bool(flat.gradient.any())
+    assert bool(flat.state.adjoint.isfinite().all())
+
+
+def test_a_look_is_one_evaluation_and_one_product(toy: ToyEquilibrium, toy_images: Tensor) -> None:
+    state = Dynamics(toy).start(toy_images)
+    n = len(toy_images)
+    for updates in (1, 3):
+        with metered() as meter:
+            Lockstep(Dynamics(toy), updates).look(toy_images, state, logsumexp)
+        assert (meter.forward, meter.backward) == (updates * n, n)
+    with metered() as meter:
+        Lockstep(Dynamics(toy)).glance(toy_images, state, 4)
+    assert (meter.forward, meter.backward) == (4 * n, 0)
+
+
+def test_glances_converge_and_leave_the_adjoint(toy: ToyEquilibrium, toy_images: Tensor) -> None:
+    lockstep = Lockstep(Dynamics(toy, 0.7))
+    state = lockstep.look(toy_images, lockstep.dynamics.start(toy_images), logsumexp).state
+    glance = lockstep.glance(toy_images, state, 400)
+    torch.testing.assert_close(glance.logits, toy(toy_images), rtol=1e-9, atol=1e-9)
+    assert torch.equal(glance.state.adjoint, state.adjoint)
+    assert float(glance.residual.max()) < 1e-10
+
+
+def test_a_state_that_lags_is_told_by_its_residual(toy: ToyEquilibrium, toy_images: Tensor) -> None:
+    lockstep = Lockstep(Dynamics(toy))
+    state = lockstep.settled(toy_images)
+    moved = (toy_images + 0.1).clamp(0, 1)
+    residuals = []
+    for _ in range(30):
+        look = lockstep.look(moved, state, logsumexp)
+        residuals.append(float(look.residual.max()))
+        state = look.state
+    assert residuals[0] > 1e-2
+    assert residuals[-1] < 1e-3 * residuals[0]
