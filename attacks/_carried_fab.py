@@ -37,40 +37,50 @@ def carried_fab(
         goals: the class of each row.
         x: clean images of the rows.
     """
-    y = ledger.y[samples]
-    base = fab_class()
-
-    class Fab(base):  # type: ignore[misc]
-        state, begun = settled, False
-
-        def _predict_fn(self, images: Images) -> Tensor:
-            # The reference takes the class of rank `target_class` for its target.
-            return F.one_hot(goals, ledger.clean.shape[1]).to(images)
-
-        def _get_predicted_label(self, images: Images) -> Labels:
-            if not self.begun:  # asks which clean images are right: all of them
-                self.begun = True
-                return y.clone()
-            glance = lockstep.glance(images, self.state)
-            self.state = glance.state
-            labels = glance.logits.argmax(1)
-            _offered(ledger, threat, samples, x, images, labels != y)
-            return labels
-
-        def get_diff_logits_grads_batch_targeted(
-            self, images: Images, own: Labels, goal: Labels
-        ) -> tuple[Tensor, Tensor]:
-            def gap(logits: Tensor) -> Tensor:
-                return (logits.gather(1, goal[:, None]) - logits.gather(1, own[:, None])).squeeze(1)
-
-            look = lockstep.look(images, self.state, gap)
-            self.state = look.state
-            return look.losses[:, None].to(images), look.gradient[:, None].to(images)
-
-    norm = str(threat.norm)
-    attack: Any = Fab(None, norm=norm, n_iter=ITERATIONS, eps=threat.eps, device=x.device)
+    kind: Any = type("CarriedFab", (_Answers, fab_class()), {})
+    attack = kind(None, norm=str(threat.norm), n_iter=ITERATIONS, eps=threat.eps, device=x.device)
+    attack.lockstep, attack.state, attack.ledger = lockstep, settled, ledger
+    attack.samples, attack.goals, attack.x, attack.threat = samples, goals, x, threat
     attack.target_class = 1
-    attack.attack_single_run(x, y, is_targeted=True)
+    attack.attack_single_run(x, ledger.y[samples], is_targeted=True)
+
+
+class _Answers:
+    """What the reference's class asks of a model."""
+
+    lockstep: Lockstep
+    state: JointState
+    ledger: Ledger
+    samples: Counts
+    goals: Labels
+    x: Images
+    threat: Threat
+    begun = False
+
+    def _predict_fn(self, images: Images) -> Tensor:
+        # The reference takes the class of rank `target_class` for its target.
+        return F.one_hot(self.goals, self.ledger.clean.shape[1]).to(images)
+
+    def _get_predicted_label(self, images: Images) -> Labels:
+        y = self.ledger.y[self.samples]
+        if not self.begun:  # asks which clean images are right: all of them
+            self.begun = True
+            return y.clone()
+        glance = self.lockstep.glance(images, self.state)
+        self.state = glance.state
+        labels = glance.logits.argmax(1)
+        _offered(self.ledger, self.threat, self.samples, self.x, images, labels != y)
+        return labels
+
+    def get_diff_logits_grads_batch_targeted(
+        self, images: Images, own: Labels, goal: Labels
+    ) -> tuple[Tensor, Tensor]:
+        def gap(logits: Tensor) -> Tensor:
+            return (logits.gather(1, goal[:, None]) - logits.gather(1, own[:, None])).squeeze(1)
+
+        look = self.lockstep.look(images, self.state, gap)
+        self.state = look.state
+        return look.losses[:, None].to(images), look.gradient[:, None].to(images)
 
 
 def _offered(

@@ -62,60 +62,69 @@ def carried_square(
         bound: see `calibrated`.
     """
     y = ledger.y[samples]
-    base = square_class()
-
-    class Square(base):  # type: ignore[misc]
-        best: Tensor | None = None
-
-        def margin_and_loss(self, images: Images, _: Labels) -> tuple[PerSample, PerSample]:
-            if self.best is None:
-                self.state = JointState(settled.z.clone(), settled.adjoint)
-                rows = torch.arange(len(x), device=x.device)
-                self.best = x.new_full((len(x),), torch.inf)
-            else:
-                rows = (self.best > 0).nonzero().squeeze(1)
-            found, states = self._decided(images, rows)
-            better = (found < self.best[rows]) | (found <= 0)
-            self.best[rows[better]] = found[better]
-            self.state.z[rows[better]] = states[better]
-            return found, found
-
-        def _decided(self, images: Images, rows: Counts) -> tuple[PerSample, Tensor]:
-            """The reference's margins: own logit minus the largest other; exact where they win."""
-            best = self.best[rows]
-            found = torch.full_like(best, torch.inf)
-            state = self.state.take(rows)
-            end = state.z.clone()
-            open_ = torch.arange(len(rows), device=rows.device)
-            for _ in range(STEPS):
-                glance = lockstep.glance(images[open_], state)
-                state = glance.state
-                margins = -margins_of(glance.logits, y[rows[open_]]).to(best)
-                error = bound * glance.residual.to(best)
-                found[open_], end[open_] = margins, state.z
-                lost = margins - error > best[open_]
-                keep = ~lost & (glance.residual > ROUNDING)
-                if not bool(keep.any()):
-                    break
-                open_, state = open_[keep], state.take(keep.nonzero().squeeze(1))
-            return self._confirmed(images, rows, found), end
-
-        def _confirmed(self, images: Images, rows: Counts, found: PerSample) -> PerSample:
-            claims = (found <= 0).nonzero().squeeze(1)
-            if len(claims):
-                chosen = samples[rows[claims]]
-                ledger.offer(chosen, images[claims])
-                with torch.no_grad():
-                    logits = ledger.deployed(images[claims]).logits
-                found[claims] = -margins_of(logits, y[rows[claims]]).to(found)
-            return found
-
-    attack: Any = Square(
+    kind: Any = type("CarriedSquare", (_Margins, square_class()), {})
+    attack = kind(
         None, norm=str(threat.norm), eps=threat.eps, n_queries=queries, p_init=0.8,
         n_restarts=1, seed=seed, resc_schedule=False, loss="margin", device=x.device,
     )  # fmt: skip
+    attack.lockstep, attack.ledger, attack.samples, attack.bound = lockstep, ledger, samples, bound
+    attack.state = JointState(settled.z.clone(), settled.adjoint)
+    attack.best = x.new_full((len(x),), torch.inf)
     attack.init_hyperparam(x)
     torch.manual_seed(seed)
     _, end = attack.attack_single_run(x.clone(), y.clone())
     left = (~ledger.settled[samples]).nonzero().squeeze(1)
     ledger.offer(samples[left], threat.project(x[left], end[left]))
+
+
+class _Margins:
+    """What the reference's class asks of a model; it asks about the rows that are still right.
+
+    Attributes:
+        state: of the best point of each row.
+        best: its margin, of the reference's sign: own logit minus the largest other.
+    """
+
+    lockstep: Lockstep
+    ledger: Ledger
+    samples: Counts
+    bound: float
+    state: JointState
+    best: PerSample
+
+    def margin_and_loss(self, images: Images, y: Labels) -> tuple[PerSample, PerSample]:
+        """Margins of proposals, twice: the reference's `margin` loss is its margin."""
+        rows = (self.best > 0).nonzero().squeeze(1)
+        found, states = self._decided(images, y, rows)
+        found = self._confirmed(images, rows, found)
+        better = (found < self.best[rows]) | (found <= 0)
+        self.best[rows[better]] = found[better]
+        self.state.z[rows[better]] = states[better]
+        return found, found
+
+    def _decided(self, images: Images, y: Labels, rows: Counts) -> tuple[PerSample, Tensor]:
+        """Margins, solved where they may be the best so far, and the states that they are of."""
+        best, state = self.best[rows], self.state.take(rows)
+        found, end = torch.full_like(best, torch.inf), state.z.clone()
+        left = torch.arange(len(rows), device=rows.device)
+        for _ in range(STEPS):
+            glance = self.lockstep.glance(images[left], state)
+            margins = -margins_of(glance.logits, y[left]).to(best)
+            found[left], end[left] = margins, glance.state.z
+            lost = margins - self.bound * glance.residual.to(best) > best[left]
+            keep = (~lost & (glance.residual > ROUNDING)).nonzero().squeeze(1)
+            if not len(keep):
+                break
+            left, state = left[keep], glance.state.take(keep)
+        return found, end
+
+    @torch.no_grad()
+    def _confirmed(self, images: Images, rows: Counts, found: PerSample) -> PerSample:
+        """The deployed predictor's margins, cold, where a proposal seems to fool it."""
+        claims = (found <= 0).nonzero().squeeze(1)
+        if len(claims):
+            chosen = self.samples[rows[claims]]
+            self.ledger.offer(chosen, images[claims])
+            logits = self.ledger.deployed(images[claims]).logits
+            found[claims] = -margins_of(logits, self.ledger.y[chosen]).to(found)
+        return found

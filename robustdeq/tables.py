@@ -15,8 +15,8 @@ from robustdeq.verdict import Verdict
 COLUMNS = (
     "rank", "id", "defense", "dataset", "threat", "n", "clean_acc", "autoattack_acc",
     "autoattack_engine", "robust_acc", "robust_low", "robust_high", "seeds", "broken_by",
-    "credit", "flags", "forward_nfe", "backward_nfe", "seconds", "peak_memory_mib", "weights_sha256", "track",
-    "status", "note",
+    "credit", "flags", "forward_nfe", "backward_nfe", "seconds", "peak_memory_mib",
+    "weights_sha256", "track", "status", "note",
 )  # fmt: skip
 COST_COLUMNS = ("seconds", "peak_memory_mib")
 """Columns that differ between two computations of the same table."""
