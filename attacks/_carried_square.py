@@ -9,7 +9,7 @@ from robustdeq.attacks._ledger import Ledger, margins_of
 from robustdeq.attacks._reference import square_class
 from torch import Tensor
 
-from robustdeq.equilibrium import JointState, Lockstep
+from robustdeq.equilibrium import Injection, JointState, Lockstep
 from robustdeq.shapes import Counts, Images, Labels, PerSample
 from robustdeq.threats import Threat
 
@@ -107,8 +107,9 @@ class _Margins:
         best, state = self.best[rows], self.state.take(rows)
         found, end = torch.full_like(best, torch.inf), state.z.clone()
         left = torch.arange(len(rows), device=rows.device)
+        injection = self.lockstep.injection(images, state)
         for _ in range(STEPS):
-            glance = self.lockstep.glance(images[left], state)
+            glance = self.lockstep.glance_into(injection, state)
             margins = -margins_of(glance.logits, y[left]).to(best)
             found[left], end[left] = margins, glance.state.z
             lost = margins - self.bound * glance.residual.to(best) > best[left]
@@ -116,6 +117,7 @@ class _Margins:
             if not len(keep):
                 break
             left, state = left[keep], glance.state.take(keep)
+            injection = _rows_of(injection, keep)
         return found, end
 
     @torch.no_grad()
@@ -128,3 +130,9 @@ class _Margins:
             logits = self.ledger.deployed(images[claims]).logits
             found[claims] = -margins_of(logits, self.ledger.y[chosen]).to(found)
         return found
+
+
+def _rows_of(injection: Injection, rows: Counts) -> Injection:
+    if isinstance(injection, Tensor):
+        return injection[rows]
+    return tuple(part[rows] for part in injection)

@@ -1,9 +1,11 @@
 """The honesty gate on honest models: no check may flag one, and thresholds are set on these alone.
 
     python benchmarks/honest_controls.py [--threat Linf:3/16] [--only REGEX]
+    python benchmarks/honest_controls.py --data mnist --threat Linf:0.3
 
 Prints, for every check, the values over all models, and every flag. The models: rows of the suite
-`digits-ablations` that ship with three seeds, and small networks of other kinds, trained here.
+`digits-ablations` that ship with three seeds, and small networks of other kinds, trained here; for
+`mnist`, all rows of its suite that ship.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from torch.nn import functional as F  # noqa: N812
 from robustdeq.datasets import load_slice
 from robustdeq.evaluation.direct import load_model
 from robustdeq.evaluation.gate import run_checks
+from robustdeq.suite import find_suite
 from robustdeq.targets import Target
 from robustdeq.threats import Threat
 
@@ -208,6 +211,13 @@ def controls(only: str, threat: Threat) -> Iterator[Control]:
                     yield Control(name, seed, model)
 
 
+def shipped(only: str, data: str) -> Iterator[Control]:
+    """All rows of a suite whose weights ship."""
+    for entry in find_suite(data).defenses:
+        if entry.weights and re.search(only, entry.id):
+            yield Control(entry.id, 0, load_model(entry.id, data))
+
+
 def report(values: dict[str, list[dict[str, Any]]], count: int) -> None:
     """One line per check, over all models."""
     print(f"\n{count} models")
@@ -233,16 +243,20 @@ def outcome(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--data", default="digits", choices=("digits", "mnist"))
     parser.add_argument("--threat", default="Linf:3/16")
     parser.add_argument("--only", default="")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     threat = Threat.parse(arguments.threat)
-    data = load_slice("digits", "test", 100)
+    data = load_slice(arguments.data, "test", 100)
     x, y = torch.from_numpy(data.images).float() / 255, torch.from_numpy(data.labels)
     values: dict[str, list[dict[str, Any]]] = defaultdict(list)
     count = 0
-    for control in controls(arguments.only, threat):
+    models = controls(arguments.only, threat)
+    if arguments.data != "digits":
+        models = shipped(arguments.only, arguments.data)
+    for control in models:
         target = Target(control.model.eval(), 10)
         rows = run_checks(target, x, y, threat, seed=control.seed)
         for row in rows:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from robustdeq.equilibrium.joint import Dynamics, JointState
 from robustdeq.equilibrium.model import EquilibriumClassifier
-from robustdeq.equilibrium.solution import relative_residual
+from robustdeq.equilibrium.solution import Injection, relative_residual
 from robustdeq.shapes import Images, Logits, PerSample
 
 Loss = Callable[[Logits], PerSample]
@@ -106,9 +106,18 @@ class Lockstep:
     @torch.no_grad()
     def glance(self, x: Images, state: JointState, updates: int = 1) -> Glance:
         """Some steps of the state alone."""
+        return self.glance_into(self.injection(x, state), state, updates)
+
+    @torch.no_grad()
+    def injection(self, x: Images, state: JointState) -> Injection:
+        """What the cell is given of an input, for several glances at it."""
+        return self.dynamics.model.embed(x.to(state.z.dtype))
+
+    @torch.no_grad()
+    def glance_into(self, injection: Injection, state: JointState, updates: int = 1) -> Glance:
+        """`glance` at an input that is embedded already."""
         model = self.dynamics.model
         z, image = state.z, state.z
-        injection = model.embed(x.to(z.dtype))
         for _ in range(updates):
             z = self._damped(z, image, self.dynamics.damping)
             image = model.cell(z, injection, 0)

@@ -20,6 +20,8 @@ NEIGHBORS = 4
 """Points around each image at which its gradient is looked at again."""
 NEAR = 0.25
 """Their distance, relative to the threat's radius."""
+PIXEL = 0.03
+"""Most that a pixel moves: over large radii honest gradients turn as well."""
 
 
 def existence(exam: Examined) -> list[Row]:
@@ -52,14 +54,16 @@ def values(exam: Examined) -> list[Row]:
 def shattering(exam: Examined) -> list[Row]:
     """Whether gradients of neighboring points have anything to do with each other.
 
-    A gradient that turns within a quarter of the ball is right where it stands and leads nowhere:
-    an input warped at a high frequency, or noise that is a function of the input.
+    A gradient that turns within a quarter of the ball, and within changes that nobody would see, is
+    right where it stands and leads nowhere: an input warped at a high frequency, or noise that is
+    a function of the input.
     """
     here = _gradient(exam, exam.few, exam.labels, margin).flatten(1)
     likeness = []
     for number in range(NEIGHBORS):
-        offset = exam.noise(f"neighbor{number}", exam.few) - exam.few
-        near = (exam.few + NEAR * offset).clamp(0.0, 1.0)
+        offset = NEAR * (exam.noise(f"neighbor{number}", exam.few) - exam.few)
+        largest = offset.flatten(1).abs().amax(1).clamp_min(1e-12).view(-1, 1, 1, 1)
+        near = (exam.few + offset * (PIXEL / largest).clamp_max(1.0)).clamp(0.0, 1.0)
         likeness.append(cosine(here, _gradient(exam, near, exam.labels, margin).flatten(1)))
     median = torch.stack(likeness).nanmean(0).nanmedian()
     value = float(torch.nan_to_num(median, nan=1.0))  # no gradient anywhere has its own check
