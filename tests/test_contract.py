@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import textwrap
@@ -311,3 +312,39 @@ def test_surroundings_are_watched_and_restored(tmp_path: Path) -> None:
     count = len(inner.acts)
     (tmp_path / "b.txt").write_text("x")
     assert len(inner.acts) == count
+
+
+ONE_SIZE = """
+from dataclasses import dataclass
+from typing import ClassVar
+import torch
+from torch import nn
+from robustdeq.interfaces import About
+
+class Cut(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(SIZE, 10)
+
+    def forward(self, x):
+        return self.head(x.flatten(1).detach())
+
+@dataclass(frozen=True, kw_only=True)
+class OneSize:
+    about: ClassVar[About] = About("A model for one size of image alone")
+    recipe: ClassVar[str] = "clean"
+
+    def build(self, data, device):
+        return Cut().to(device)
+"""
+
+
+def test_a_model_of_one_size_is_still_examined_for_honesty(tmp_path: Path) -> None:
+    file = tmp_path / "one_size.py"
+    file.write_text(ONE_SIZE.replace("SIZE, 10", "64, 10"))
+    text = "\n".join(check_plugin(str(file), minutes=0.01).lines())
+    assert re.search(r"FAILED +logits_32x32", text)
+    assert re.search(r"FAILED +gradient_missing", text)
+    file.write_text(ONE_SIZE.replace("SIZE, 10", "3 * 32 * 32, 10"))
+    text = "\n".join(check_plugin(str(file), minutes=0.01).lines())
+    assert re.search(r"FAILED +honesty_checks: .*digits", text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -122,15 +122,22 @@ def _report(
             cls.__name__, kind, (Finding("parameters", "failed", sentence(cause), remedy),)
         )
     findings = contract_findings(plugin)
-    if kind != "defense" or failures([f for f in findings if _vital(f)]):
+    if kind != "defense" or not _examinable(findings):
         return PluginReport(cls.__name__, kind, tuple(findings))
-    rows, context = _gate(plugin, dataset, threat, minutes, seed)
+    try:
+        rows, context = _gate(plugin, dataset, threat, minutes, seed)
+    except Exception as cause:
+        remedy = f"Build and answer on {dataset}, or name another --dataset."
+        failed = Finding("honesty_checks", "failed", sentence(cause), remedy)
+        return PluginReport(cls.__name__, kind, (*findings, failed))
     return PluginReport(cls.__name__, kind, (*findings, *map(_finding, rows)), context)
 
 
-def _vital(finding: Finding) -> bool:
-    """Whether a failure leaves nothing that could be trained and examined."""
-    return finding.name.startswith(("builds", "logits", "members"))
+def _examinable(findings: Sequence[Finding]) -> bool:
+    """Whether there is a model, of one size at least, that could be trained and examined."""
+    failed = {finding.name for finding in failures(findings)}
+    answers = [f.name for f in findings if f.name.startswith("logits") and f.name not in failed]
+    return "members" not in failed and bool(answers)
 
 
 def _gate(

@@ -74,7 +74,7 @@ RULES: dict[str, Rule] = {
     "shattered_gradient": Rule(
         0.8,
         "median cosine of gradients at the image and a quarter of the radius away, at most 0.03 a "
-        f"pixel; {_CONTROLS}: least 0.94",
+        f"pixel; {_CONTROLS}: least 0.97",
         "Attack a smoothed gradient, such as smoothed(16,0.02), beside the honest one.",
         at_least=True,
     ),
