@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from robustdeq.attacks._ledger import Ledger
-from robustdeq.attacks._reference import fab_class
+from robustdeq.attacks._losses import targeted_margin
+from robustdeq.attacks._reference import reference_class
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
@@ -37,7 +38,7 @@ def carried_fab(
         goals: the class of each row.
         x: clean images of the rows.
     """
-    kind: Any = type("CarriedFab", (_Answers, fab_class()), {})
+    kind: Any = type("CarriedFab", (_Answers, reference_class("fab_pt", "FABAttack_PT")), {})
     attack = kind(None, norm=str(threat.norm), n_iter=ITERATIONS, eps=threat.eps, device=x.device)
     attack.lockstep, attack.state, attack.ledger = lockstep, settled, ledger
     attack.samples, attack.goals, attack.x, attack.threat = samples, goals, x, threat
@@ -76,7 +77,7 @@ class _Answers:
         self, images: Images, own: Labels, goal: Labels
     ) -> tuple[Tensor, Tensor]:
         def gap(logits: Tensor) -> Tensor:
-            return (logits.gather(1, goal[:, None]) - logits.gather(1, own[:, None])).squeeze(1)
+            return targeted_margin(logits, own, goal)
 
         look = self.lockstep.look(images, self.state, gap)
         self.state = look.state

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from robustdeq.attacks._ledger import Ledger, margins_of
-from robustdeq.attacks._reference import square_class
+from robustdeq.attacks._reference import reference_class
 from torch import Tensor
 
-from robustdeq.equilibrium import Injection, JointState, Lockstep
+from robustdeq.equilibrium import JointState, Lockstep, take_rows
 from robustdeq.shapes import Counts, Images, Labels, PerSample
 from robustdeq.threats import Threat
 
@@ -62,7 +62,7 @@ def carried_square(
         bound: see `calibrated`.
     """
     y = ledger.y[samples]
-    kind: Any = type("CarriedSquare", (_Margins, square_class()), {})
+    kind: Any = type("CarriedSquare", (_Margins, reference_class("square", "SquareAttack")), {})
     attack = kind(
         None, norm=str(threat.norm), eps=threat.eps, n_queries=queries, p_init=0.8,
         n_restarts=1, seed=seed, resc_schedule=False, loss="margin", device=x.device,
@@ -117,7 +117,7 @@ class _Margins:
             if not len(keep):
                 break
             left, state = left[keep], glance.state.take(keep)
-            injection = _rows_of(injection, keep)
+            injection = take_rows(injection, keep)
         return found, end
 
     @torch.no_grad()
@@ -130,9 +130,3 @@ class _Margins:
             logits = self.ledger.deployed(images[claims]).logits
             found[claims] = -margins_of(logits, self.ledger.y[chosen]).to(found)
         return found
-
-
-def _rows_of(injection: Injection, rows: Counts) -> Injection:
-    if isinstance(injection, Tensor):
-        return injection[rows]
-    return tuple(part[rows] for part in injection)

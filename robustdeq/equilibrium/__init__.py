@@ -26,6 +26,7 @@ from robustdeq.equilibrium.solution import (
     Problem,
     Solve,
     relative_residual,
+    take_rows,
 )
 from robustdeq.equilibrium.states import Intermediate, SimultaneousAdjoint
 
@@ -34,5 +35,5 @@ __all__ = [
     "EquilibriumClassifier", "FixedPoint", "Glance", "Honest", "Implicit", "Injection",
     "Intermediate", "JointAscent", "JointState", "JointStep", "Lockstep", "Look", "Meter",
     "Method", "OneStep", "Phantom", "Problem", "SimultaneousAdjoint", "Solve", "SolveGradient",
-    "Solver", "Unrolled", "Value", "metered", "relative_residual", "splice",
+    "Solver", "Unrolled", "Value", "metered", "relative_residual", "splice", "take_rows",
 ]  # fmt: skip

@@ -78,7 +78,9 @@ class Lockstep:
         Args:
             loss: from logits to the loss of each sample.
         """
-        z = self._advanced(x, state.z, self.updates - 1)
+        z = state.z
+        if self.updates > 1:
+            z = self.glance(x, state, self.updates - 1).state.z
         model = self.dynamics.model
         with torch.enable_grad():
             x = x.detach().requires_grad_()
@@ -124,16 +126,6 @@ class Lockstep:
         moved = self._damped(z, image, self.dynamics.damping)
         residual = relative_residual(image, z)
         return Glance(JointState(moved, state.adjoint), model.readout(image), residual)
-
-    @torch.no_grad()
-    def _advanced(self, x: Images, z: Tensor, updates: int) -> Tensor:
-        if not updates:
-            return z
-        model = self.dynamics.model
-        injection = model.embed(x.to(z.dtype))
-        for _ in range(updates):
-            z = self._damped(z, model.cell(z, injection, 0), self.dynamics.damping)
-        return z
 
     @staticmethod
     def _damped(before: Tensor, after: Tensor, damping: float) -> Tensor:

@@ -66,12 +66,13 @@ class Problem:
 
     def __call__(self, z: Tensor, step: int, rows: Tensor | None = None) -> Tensor:
         """The cell at `z`; see `Map`."""
-        injection = self.injection if rows is None else _take(self.injection, rows)
+        injection = self.injection if rows is None else take_rows(self.injection, rows)
         with foreign(z):
             return self.cell(z, injection, step)
 
 
-def _take(injection: Injection, rows: Tensor) -> Injection:
+def take_rows(injection: Injection, rows: Tensor) -> Injection:
+    """Some rows of an injection."""
     if isinstance(injection, Tensor):
         return injection[rows]
     return tuple(part[rows] for part in injection)
