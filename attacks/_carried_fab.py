@@ -81,7 +81,8 @@ class _Answers:
 
         look = self.lockstep.look(images, self.state, gap)
         self.state = look.state
-        return look.losses[:, None].to(images), look.gradient[:, None].to(images)
+        losses, gradient = look.losses.nan_to_num(0.0), look.gradient.nan_to_num(0.0, 0.0, 0.0)
+        return losses[:, None].to(images), gradient[:, None].to(images)
 
 
 def _offered(

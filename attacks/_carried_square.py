@@ -1,132 +1,198 @@
-"""The reference Square with states that are carried, and queries that end once they are decided."""
+"""Square on carried states: a query ends once it is decided, mostly after one evaluation."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from robustdeq.attacks._ledger import Ledger, margins_of
-from robustdeq.attacks._reference import reference_class
+from robustdeq.attacks._doubt import ROUNDING, STEPS, Doubt, calibrated, estimated
+from robustdeq.attacks._ledger import ROWS, Ledger
+from robustdeq.attacks._losses import margin
+from robustdeq.attacks._square import Proposals
 from torch import Tensor
 
 from robustdeq.equilibrium import JointState, Lockstep, take_rows
-from robustdeq.shapes import Counts, Images, Labels, PerSample
-from robustdeq.threats import Threat
+from robustdeq.shapes import Counts, Images, Logits, Mask, PerSample
 
-STEPS = 40
-"""Most evaluations of the cell for one query."""
-ROUNDING = 1e-4
-"""Relative residual at which a query counts as solved."""
-MARGIN = 1.5
-"""Factor on the largest ratio of error to residual that calibration found."""
-
-
-def calibrated(lockstep: Lockstep, state: JointState, x: Images, y: Labels) -> float:
-    """How far a margin may be from its end, per relative residual: the largest seen, and half more.
-
-    Args:
-        state: settled for inputs near `x`, not at `x`.
-    """
-    margins, residuals = [], []
-    for _ in range(STEPS):
-        glance = lockstep.glance(x, state)
-        state = glance.state
-        margins.append(margins_of(glance.logits, y))
-        residuals.append(glance.residual)
-    errors = (torch.stack(margins) - margins[-1]).abs()
-    heights = torch.stack(residuals)
-    known = heights > 10 * ROUNDING
-    ratio = torch.where(known, errors / heights.clamp_min(1e-12), 0.0)
-    return MARGIN * float(ratio.max())
+_PAIRS = 128
+"""Candidates that are looked at together: as many of each row as make this number."""
+_AHEAD = 16
+"""Most candidates of one row that are looked at together."""
+_WASTE = 0.125
+"""Share of the candidates that may be in vain because an earlier one of the row was taken."""
+_REFRESH = 25
+"""Queries between two looks at a best point that has moved."""
+_FIRST = 8
+"""Looks by which the first adjoint is found."""
+_CALIBRATE = 4
+"""Candidates of each row that the bound is calibrated on."""
+_AUDIT = 200
+"""One candidate in so many is solved to the end, to see whether ending early would have lost it."""
 
 
-def carried_square(
-    lockstep: Lockstep,
-    settled: JointState,
-    ledger: Ledger,
-    samples: Counts,
-    x: Images,
-    threat: Threat,
-    *,
-    queries: int,
-    bound: float,
-    seed: int,
-) -> None:
-    """The reference's queries, each ended when the residual says that it cannot win.
+class CarriedSquare:
+    """The reference's random search, with its candidates, its order and its rule of acceptance.
 
-    Its own class proposes, in its own order of random numbers, and is told margins; a query that
-    seems to fool is put to the deployed predictor, cold, whose margin then counts. No gradient.
+    Of each row the state and the margin's adjoint at its best point are kept. A candidate is
+    looked at from there: its margin is estimated after every evaluation (`estimated`), and it is
+    given up once it cannot be the best any more, taken once it cannot fail to be. A candidate that
+    is the best point itself, for the window was there already, needs no evaluation at all. Some
+    candidates are solved to the end whatever the estimate says; the bound grows where it was
+    wrong. What seems to fool is put to the deployed predictor, cold, whose margin then counts.
+
+    Several candidates of a row are looked at together, all from the same best point; the first
+    that is taken makes the later ones void, so the search is the sequential one.
 
     Args:
         settled: state of each row to begin with.
-        bound: see `calibrated`.
-    """
-    y = ledger.y[samples]
-    kind: Any = type("CarriedSquare", (_Margins, reference_class("square", "SquareAttack")), {})
-    attack = kind(
-        None, norm=str(threat.norm), eps=threat.eps, n_queries=queries, p_init=0.8,
-        n_restarts=1, seed=seed, resc_schedule=False, loss="margin", device=x.device,
-    )  # fmt: skip
-    attack.lockstep, attack.ledger, attack.samples, attack.bound = lockstep, ledger, samples, bound
-    attack.state = JointState(settled.z.clone(), settled.adjoint)
-    attack.best = x.new_full((len(x),), torch.inf)
-    attack.init_hyperparam(x)
-    torch.manual_seed(seed)
-    _, end = attack.attack_single_run(x.clone(), y.clone())
-    left = (~ledger.settled[samples]).nonzero().squeeze(1)
-    ledger.offer(samples[left], threat.project(x[left], end[left]))
-
-
-class _Margins:
-    """What the reference's class asks of a model; it asks about the rows that are still right.
-
-    Attributes:
-        state: of the best point of each row.
-        best: its margin, of the reference's sign: own logit minus the largest other.
+        samples: the sample of each row.
+        offered: the candidates of each row.
     """
 
-    lockstep: Lockstep
-    ledger: Ledger
-    samples: Counts
-    bound: float
-    state: JointState
-    best: PerSample
+    def __init__(
+        self,
+        lockstep: Lockstep,
+        settled: JointState,
+        ledger: Ledger,
+        samples: Counts,
+        offered: Proposals,
+    ) -> None:
+        self.lockstep, self.ledger, self.samples = lockstep, ledger, samples
+        self.offered, self.y = offered, ledger.y[samples]
+        self.doubt = Doubt(torch.inf)
+        self.x = offered.begin.clone()
+        self.z, self.adjoint = settled.z.clone(), torch.zeros_like(settled.z)
+        self.scale = ledger.margin.new_zeros(len(samples))
+        self.best = torch.full_like(self.scale, torch.inf)
+        self.asked = torch.zeros_like(samples)
+        self.due = torch.full_like(samples, torch.iinfo(samples.dtype).max)
+        self.taken = 0.5
 
-    def margin_and_loss(self, images: Images, y: Labels) -> tuple[PerSample, PerSample]:
-        """Margins of proposals, twice: the reference's `margin` loss is its margin."""
-        rows = (self.best > 0).nonzero().squeeze(1)
-        found, states = self._decided(images, y, rows)
-        found = self._confirmed(images, rows, found)
-        better = (found < self.best[rows]) | (found <= 0)
-        self.best[rows[better]] = found[better]
-        self.state.z[rows[better]] = states[better]
-        return found, found
+    @torch.no_grad()
+    def run(self) -> None:
+        """All queries; the ledger is offered what fools, and in the end all best points."""
+        everything = torch.arange(len(self.samples), device=self.samples.device)
+        best, z = self._decided(self.x, everything, torch.ones_like(self.samples, dtype=torch.bool))
+        self.best, self.z = self._confirmed(everything, best), z
+        self._look(self._live(), _FIRST)
+        self._calibrate(self._live())
+        while len(rows := self._live()):
+            self._round(rows)
+            self._look(((self.due <= self.asked) & (self.best > 0)).nonzero().squeeze(1), 1)
+        left = (~self.ledger.settled[self.samples]).nonzero().squeeze(1)
+        self.ledger.offer(self.samples[left], self.x[left])
 
-    def _decided(self, images: Images, y: Labels, rows: Counts) -> tuple[PerSample, Tensor]:
-        """Margins, solved where they may be the best so far, and the states that they are of."""
-        best, state = self.best[rows], self.state.take(rows)
+    def _live(self) -> Counts:
+        return ((self.best > 0) & (self.asked < self.offered.queries)).nonzero().squeeze(1)
+
+    def _calibrate(self, rows: Counts) -> None:
+        """The bound, from candidates of all sizes."""
+        rows = rows.repeat_interleave(_CALIBRATE)[:ROWS]
+        if not len(rows):
+            return
+        place = torch.arange(len(rows), device=rows.device)
+        queries = place * self.offered.queries // len(rows)
+        images = self.offered.at(rows, queries, self.x[rows])
+        state = JointState(self.z[rows], self.adjoint[rows])
+        self.doubt = calibrated(self.lockstep, state, images, self.y[rows], self.scale[rows])
+
+    def _round(self, live: Counts) -> None:
+        """The next candidates of the rows."""
+        depth = min(_AHEAD, max(1, _PAIRS // len(live)), max(1, int(2 * _WASTE / self.taken)))
+        ahead = torch.arange(depth, device=live.device).repeat(len(live))
+        rows = live.repeat_interleave(depth)
+        queries = self.asked[rows] + ahead
+        kept = queries < self.offered.queries
+        rows, queries = rows[kept], queries[kept]
+        images = self.offered.at(rows, queries, self.x[rows])
+        moved = (images != self.x[rows]).flatten(1).any(1).nonzero().squeeze(1)
+        self.asked[live] = (self.asked[live] + depth).clamp_max(self.offered.queries)
+        rows, queries, images = rows[moved], queries[moved], images[moved]
+        audited = (queries + self.samples[rows]) % _AUDIT == 0
+        found, z = self._decided(images, rows, audited)
+        first = _first(rows, found < self.best[rows])
+        self._take(rows[first], queries[first], images[first], found[first], z[first])
+        share = len(first) / (len(live) * depth)
+        self.taken = max(0.9 * self.taken + 0.1 * share, 1e-3)
+
+    def _take(
+        self, rows: Counts, queries: Counts, images: Images, found: PerSample, z: Tensor
+    ) -> None:
+        """Make candidates the best points of their rows."""
+        before = self.x[rows]
+        self.x[rows] = images
+        confirmed = self._confirmed(rows, found)
+        worse = (confirmed >= self.best[rows]) & (confirmed > 0)
+        self.x[rows[worse]] = before[worse]
+        self.asked[rows] = queries + 1
+        rows, better = rows[~worse], ~worse
+        self.best[rows], self.z[rows] = confirmed[better], z[better].to(self.z)
+        self.due[rows] = torch.minimum(self.due[rows], self.asked[rows] + _REFRESH)
+
+    def _decided(self, images: Images, rows: Counts, audited: Mask) -> tuple[PerSample, Tensor]:
+        """Margins, as exact as the decision needs them, and the states that they are of."""
+        parts = [
+            self._part(images[part], rows[part], audited[part])
+            for part in torch.arange(len(rows), device=rows.device).split(ROWS)
+        ]
+        if not parts:
+            return self.best[:0], self.z[:0]
+        return torch.cat([found for found, _ in parts]), torch.cat([z for _, z in parts])
+
+    def _part(self, images: Images, rows: Counts, audited: Mask) -> tuple[PerSample, Tensor]:
+        best, y, scale = self.best[rows], self.y[rows], self.scale[rows]
+        state = JointState(self.z[rows], self.adjoint[rows])
         found, end = torch.full_like(best, torch.inf), state.z.clone()
+        ended = torch.zeros_like(audited)
         left = torch.arange(len(rows), device=rows.device)
         injection = self.lockstep.injection(images, state)
         for _ in range(STEPS):
-            glance = self.lockstep.glance_into(injection, state)
-            margins = -margins_of(glance.logits, y[left]).to(best)
-            found[left], end[left] = margins, glance.state.z
-            lost = margins - self.bound * glance.residual.to(best) > best[left]
-            keep = (~lost & (glance.residual > ROUNDING)).nonzero().squeeze(1)
+            estimate = estimated(self.lockstep, injection, state, y[left], scale[left])
+            found[left], end[left] = estimate.margins, estimate.state.z
+            gap, doubt = estimate.margins - best[left], self.doubt(estimate.residual)
+            ended[left] |= gap > doubt
+            decided = (gap.abs() > doubt) & ~audited[left]
+            keep = (~decided & (estimate.residual > ROUNDING)).nonzero().squeeze(1)
             if not len(keep):
                 break
-            left, state = left[keep], glance.state.take(keep)
+            left, state = left[keep], estimate.state.take(keep)
             injection = take_rows(injection, keep)
+        if bool((audited & ended & (found < best)).any()):
+            self.doubt.grow()
         return found, end
 
-    @torch.no_grad()
-    def _confirmed(self, images: Images, rows: Counts, found: PerSample) -> PerSample:
-        """The deployed predictor's margins, cold, where a proposal seems to fool it."""
+    def _look(self, rows: Counts, looks: int) -> None:
+        """State, adjoint and margin of some rows' best points, afresh."""
+        if not len(rows):
+            return
+        y = self.y[rows]
+
+        def loss(logits: Logits) -> PerSample:
+            return -margin(logits, y)
+
+        state = JointState(self.z[rows], self.adjoint[rows])
+        for _ in range(looks):
+            look = self.lockstep.look(self.x[rows], state, loss)
+            state = look.state
+        self.z[rows], self.adjoint[rows] = state.z, state.adjoint
+        self.scale[rows] = look.slope.to(self.scale)
+        injection = self.lockstep.injection(self.x[rows], state)
+        estimate = estimated(self.lockstep, injection, state, y, self.scale[rows])
+        self.best[rows] = self._confirmed(rows, estimate.margins)
+        self.due[rows] = torch.iinfo(self.due.dtype).max
+
+    def _confirmed(self, rows: Counts, found: PerSample) -> PerSample:
+        """The deployed predictor's margins, cold, where a best point seems to fool it."""
         claims = (found <= 0).nonzero().squeeze(1)
         if len(claims):
-            chosen = self.samples[rows[claims]]
-            self.ledger.offer(chosen, images[claims])
-            logits = self.ledger.deployed(images[claims]).logits
-            found[claims] = -margins_of(logits, self.ledger.y[chosen]).to(found)
+            chosen = rows[claims]
+            margins = self.ledger.offer(self.samples[chosen], self.x[chosen])
+            found[claims] = -margins.to(found)
         return found
+
+
+def _first(rows: Counts, better: Mask) -> Counts:
+    """Of each row the first candidate that is better; rows are in order."""
+    chosen = better.nonzero().squeeze(1)
+    own = rows[chosen]
+    new = torch.ones_like(own, dtype=torch.bool)
+    new[1:] = own[1:] != own[:-1]
+    return chosen[new]

@@ -64,14 +64,18 @@ class Ledger:
         """What the attack returns, with the component that made each."""
         return Candidates(self.x, tuple(self._makers[k] for k in self._made_by.tolist()))
 
-    def offer(self, samples: Counts, candidates: Images) -> None:
-        """Score candidates, cold, and keep what is better; a sample may have several."""
+    def offer(self, samples: Counts, candidates: Images) -> PerSample:
+        """Score candidates, cold, and keep what is better; a sample may have several.
+
+        Returns: their margins.
+        """
         if not len(samples):
-            return
+            return self.margin[:0]
         draws = _DRAWS if self.randomized else 1
         scored = [self._scored(samples, self._logits(candidates)) for _ in range(draws)]
         margins, floors = (torch.stack(part).median(0).values for part in zip(*scored, strict=True))
         self._enter(samples, candidates, margins, floors)
+        return margins
 
     def enter(self, samples: Counts, candidates: Images, logits: Logits) -> None:
         """The same with the deployed predictor's logits at hand."""

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from robustdeq.attacks._apgd import AutoPGD
 from robustdeq.attacks._ascent import Lanes, LogitLoss, Objective, ascend
 from robustdeq.attacks._carried import Carried
 from robustdeq.attacks._carried_fab import carried_fab
-from robustdeq.attacks._carried_square import calibrated, carried_square
+from robustdeq.attacks._carried_square import CarriedSquare
 from robustdeq.attacks._ledger import Ledger
 from robustdeq.attacks._losses import cross_entropy, named_loss
+from robustdeq.attacks._square import proposals
 from robustdeq.attacks._starts import side_by_side
 from torch import Tensor
 
-from robustdeq.equilibrium import Dynamics, Lockstep
+from robustdeq.equilibrium import Dynamics, FixedPoint, Implicit, Lockstep, channels_last
 from robustdeq.interfaces import Candidates
 from robustdeq.shapes import Counts, Images, Labels, Logits, PerSample
 from robustdeq.targets import Target
 from robustdeq.threats import Norm, Threat
 
+SOLVED = FixedPoint(tolerance=1e-3, max_steps=100)
+"""Of states, from those of the step before, and of adjoints in the second run: plain steps settle
+here, and the tolerance is torchdeq's default for a forward solve."""
 STEPS = 100
 """Of APGD in AutoAttack."""
 QUERIES = 5000
@@ -58,8 +64,8 @@ class Screen:
     and random starts, on gradients and logits at one evaluation of the cell, and one product with
     its Jacobian, per step. What claims to be fooled is put to the deployed predictor, cold;
     nothing else ends a sample's search. *Re-run*: the survivors nearest to the boundary face
-    APGD-CE and APGD-T again through the deployed solver and its own gradient, from the same
-    starts. *Confirm*: the judge, as ever.
+    APGD-CE and APGD-T again, from the same starts, with states and adjoints solved
+    to a tolerance at every step. *Confirm*: the judge, as ever.
 
     Args:
         rerun: the share of the survivors that is run again.
@@ -80,7 +86,8 @@ class Screen:
         self.target, self.threat, self.seed = target, threat, seed
         self.rerun, self.queries = rerun, queries
         self.x, self.y = x, y
-        self.lockstep = Lockstep(dynamics)
+        self.lockstep = Lockstep(replace(dynamics, model=channels_last(dynamics.model, x)))
+        self.solved = target.through(Implicit(SOLVED), solver=SOLVED)
         self.ledger = Ledger(target, x, y)
         self.settled = self.lockstep.settled(x)
 
@@ -111,9 +118,9 @@ class Screen:
         samples, classes = side_by_side(goals, rows)
         lanes = Lanes(samples, classes, self._starts(goals.shape[1], open_, rows))
         fun = named_loss(loss, self.target.classes)
-        objective: Objective = LogitLoss(self.target, self.y, fun)
-        if not again:
-            objective = Carried(self.lockstep, self.y, fun, self.settled)
+        objective: Objective = Carried(self.lockstep, self.y, fun, self.settled)
+        if again:
+            objective = LogitLoss(self.solved, self.y, fun, warm=True)
         self.ledger.sign(name)
         ascend(objective, AutoPGD(self.x[samples], self.threat, STEPS), STEPS, lanes, self.ledger)
 
@@ -154,22 +161,9 @@ class Screen:
         if not len(samples):
             return
         self.ledger.sign("square")
-        generator = torch.Generator().manual_seed(self.seed)
-        signs = (torch.rand(self.x.shape, generator=generator) - 0.5).sign().to(self.x)
-        moved = self.threat.project(self.x, self.x + self.threat.eps * signs)
-        bound = calibrated(self.lockstep, self.settled, moved, self.y)
-        with torch.random.fork_rng(devices=[]):
-            carried_square(
-                self.lockstep,
-                self.settled.take(samples),
-                self.ledger,
-                samples,
-                self.x[samples],
-                self.threat,
-                queries=self.queries,
-                bound=bound,
-                seed=self.seed,
-            )
+        settled = self.settled.take(samples)
+        offered = proposals(self.x[samples], self.threat, self.queries, self.seed)
+        CarriedSquare(self.lockstep, settled, self.ledger, samples, offered).run()
 
     def _near(self) -> Counts:
         """The survivors whose best candidates came nearest to the boundary."""

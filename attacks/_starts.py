@@ -7,10 +7,9 @@ from robustdeq.attacks._ascent import Lanes
 from robustdeq.attacks._losses import GoalLoss
 from torch import Tensor
 
-from robustdeq.equilibrium import Dynamics, JointAscent
+from robustdeq.equilibrium import Dynamics, JointAscent, parameter_dtype
 from robustdeq.randomness import SampleRandom
 from robustdeq.shapes import Counts, Images, Labels
-from robustdeq.targets import parameter_dtype
 from robustdeq.threats import Threat
 
 

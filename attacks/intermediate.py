@@ -21,13 +21,13 @@ from robustdeq.attacks._ledger import Ledger
 from robustdeq.attacks._losses import named_loss, replaced
 from robustdeq.attacks._starts import random_starts
 
-from robustdeq.equilibrium import EquilibriumClassifier, Problem
+from robustdeq.equilibrium import EquilibriumClassifier, Problem, parameter_dtype
 from robustdeq.equilibrium import Intermediate as FromState
 from robustdeq.errors import CaseError, UsageError
 from robustdeq.interfaces import Access, Budget, Candidates
 from robustdeq.randomness import SampleRandom
 from robustdeq.shapes import Images, Labels
-from robustdeq.targets import Output, Target, parameter_dtype
+from robustdeq.targets import Output, Target
 from robustdeq.threats import Threat
 
 Grid = Literal["small", "white_box_protocol"]

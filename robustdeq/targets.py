@@ -19,6 +19,7 @@ from robustdeq.equilibrium import (
     SolveGradient,
     Solver,
     Value,
+    parameter_dtype,
 )
 from robustdeq.equilibrium.counting import count_unless_counted
 from robustdeq.errors import CaseError, UsageError
@@ -215,11 +216,6 @@ class Target:
             # So that attacks run, on a gradient of 0; the honesty checks name the model for it.
             return cast("Tensor", cast("Any", _NoGradient).apply(logits, x))
         return logits
-
-
-def parameter_dtype(model: nn.Module) -> torch.dtype | None:
-    """The floating-point type of a model's parameters; None where it has none."""
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 
 
 class TargetModule(nn.Module):

@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 import torch
 from attacked import BALL, Centered, attacked, contested
-from robustdeq.attacks._carried_square import calibrated, carried_square
-from robustdeq.attacks._ledger import Ledger
 from robustdeq.attacks._screen import Screen, unreliable
 from robustdeq.attacks.autoattack import AutoAttack
 from torch import Tensor, nn
@@ -99,31 +97,6 @@ def test_a_model_with_two_basins_is_judged_cold() -> None:
     fooled = model(found).argmax(1) != y
     reachable = (x.flatten(1).mean(1) - 0.5).abs() < 0.1
     assert not bool((fooled & ~reachable).any())
-
-
-def test_queries_that_end_early_decide_as_solved_ones_do() -> None:
-    model = robustdeq.load_model("Madry2018Towards_deq")
-    threat = Threat.parse("Linf:1/8")
-    x, y = digits(12)
-    lockstep = Lockstep(Dynamics(model))
-    settled = lockstep.settled(x)
-    bound = calibrated(lockstep, settled, (x + 0.1).clamp(0, 1), y)
-    assert 0 < bound < 100
-
-    def found(bound: float) -> tuple[Tensor, int]:
-        ledger = Ledger(Target(model, 10), x, y)
-        samples = ledger.open()
-        state = settled.take(samples)
-        with metered() as meter:
-            carried_square(
-                lockstep, state, ledger, samples, x[samples], threat,
-                queries=150, bound=bound, seed=0,
-            )  # fmt: skip
-        return ledger.margin, meter.forward
-
-    (early, cheap), (solved, dear) = found(bound), found(1e9)
-    torch.testing.assert_close(early, solved, rtol=1e-2, atol=1e-2)
-    assert cheap < 0.6 * dear
 
 
 class Expanding(TwoBasins):

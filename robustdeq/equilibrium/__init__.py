@@ -18,7 +18,8 @@ from robustdeq.equilibrium.gradients import (
 from robustdeq.equilibrium.iteration import Method, Solver
 from robustdeq.equilibrium.joint import Dynamics, JointAscent, JointState, JointStep
 from robustdeq.equilibrium.lockstep import Glance, Lockstep, Look
-from robustdeq.equilibrium.model import EquilibriumClassifier
+from robustdeq.equilibrium.memory_format import channels_last
+from robustdeq.equilibrium.model import EquilibriumClassifier, parameter_dtype
 from robustdeq.equilibrium.solution import (
     AdjointTrace,
     Cell,
@@ -35,5 +36,6 @@ __all__ = [
     "EquilibriumClassifier", "FixedPoint", "Glance", "Honest", "Implicit", "Injection",
     "Intermediate", "JointAscent", "JointState", "JointStep", "Lockstep", "Look", "Meter",
     "Method", "OneStep", "Phantom", "Problem", "SimultaneousAdjoint", "Solve", "SolveGradient",
-    "Solver", "Unrolled", "Value", "metered", "relative_residual", "splice", "take_rows",
+    "Solver", "Unrolled", "Value", "channels_last", "metered", "parameter_dtype",
+    "relative_residual", "splice", "take_rows",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from robustdeq.equilibrium.joint import Dynamics, JointState
-from robustdeq.equilibrium.model import EquilibriumClassifier
+from robustdeq.equilibrium.model import parameter_dtype
 from robustdeq.equilibrium.solution import Injection, relative_residual
 from robustdeq.shapes import Images, Logits, PerSample
 
@@ -31,7 +31,9 @@ class Look(NamedTuple):
         logits: of the state after its step, (batch, classes).
         losses: of these logits, (batch,).
         gradient: of the losses in the input, (batch, channels, height, width).
-        residual: relative, of the state before its step.
+        residual: relative, of the state before its step; infinite where that is no number.
+        slope: length of the losses' slope in the state, (batch,); the adjoint is that of the loss
+            divided by it.
     """
 
     state: JointState
@@ -39,6 +41,7 @@ class Look(NamedTuple):
     losses: PerSample
     gradient: Images
     residual: PerSample
+    slope: PerSample
 
 
 class Glance(NamedTuple):
@@ -69,8 +72,8 @@ class Lockstep:
         """The state of the deployed solver from its cold start, and an adjoint of 0."""
         model = self.dynamics.model
         solve = model.drive()
-        z = solve(model.cell, model.embed(x.to(_dtype(model, x)))).z.detach()
-        return JointState(z, torch.zeros_like(z))
+        z = solve(model.cell, model.embed(x.to(parameter_dtype(model) or x.dtype))).z.detach()
+        return JointState(_finite(z), torch.zeros_like(z))
 
     def look(self, x: Images, state: JointState, loss: Loss) -> Look:
         """One look at `x`.
@@ -98,12 +101,12 @@ class Lockstep:
                 image, (z, x), carried, allow_unused=True, materialize_grads=True
             )
         following = JointState(
-            self._damped(z, image, self.dynamics.damping).detach(),
-            self._damped(state.adjoint, adjoint, self.dynamics.adjoint_damping).detach(),
+            _finite(self._damped(z, image, self.dynamics.damping).detach()),
+            _finite(self._damped(state.adjoint, adjoint, self.dynamics.adjoint_damping).detach()),
         )
         residual = relative_residual(image.detach(), z.detach())
-        scale = size.view(-1, *[1] * (x.dim() - 1))
-        return Look(following, logits.detach(), losses.detach(), (gradient * scale).to(x), residual)
+        gradient = (gradient * size.view(-1, *[1] * (x.dim() - 1))).to(x)
+        return Look(following, logits.detach(), losses.detach(), gradient, residual, size.flatten())
 
     @torch.no_grad()
     def glance(self, x: Images, state: JointState, updates: int = 1) -> Glance:
@@ -123,7 +126,7 @@ class Lockstep:
         for _ in range(updates):
             z = self._damped(z, image, self.dynamics.damping)
             image = model.cell(z, injection, 0)
-        moved = self._damped(z, image, self.dynamics.damping)
+        moved = _finite(self._damped(z, image, self.dynamics.damping))
         residual = relative_residual(image, z)
         return Glance(JointState(moved, state.adjoint), model.readout(image), residual)
 
@@ -132,14 +135,14 @@ class Lockstep:
         return after if damping == 1.0 else before + damping * (after - before)
 
 
-def _dtype(model: EquilibriumClassifier, x: Images) -> torch.dtype:
-    """That of the model's parameters, in which it is evaluated."""
-    kinds = (p.dtype for p in model.parameters() if p.is_floating_point())
-    return next(kinds, x.dtype)
+def _finite(values: Tensor) -> Tensor:
+    """0 where a value is not finite."""
+    return torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _lengths(slope: Tensor) -> Tensor:
-    """The length of each sample's slope; 1 where there is none."""
+    """The length of each sample's slope; 1 where there is none, or no number."""
     length = slope.flatten(1).norm(dim=1)
-    length = torch.where(length > 0, length, torch.ones_like(length))
+    usable = (length > 0) & length.isfinite()
+    length = torch.where(usable, length, torch.ones_like(length))
     return length.view(-1, *[1] * (slope.dim() - 1))

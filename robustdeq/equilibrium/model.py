@@ -81,3 +81,8 @@ class EquilibriumClassifier(nn.Module, ABC):
     ) -> Drive:
         """A `solve` for one forward pass; by default the deployed one."""
         return Drive(solver or self.solver, gradient or self.gradient, self.start, value)
+
+
+def parameter_dtype(model: nn.Module) -> torch.dtype | None:
+    """The floating-point type of a model's parameters; None where it has none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)

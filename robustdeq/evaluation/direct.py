@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from robustdeq.datasets import SliceIdentity, spec_of
+from robustdeq.equilibrium import parameter_dtype
 from robustdeq.errors import CaseError, UsageError, unknown
 from robustdeq.evaluation.chain import Chain, Chunk, Event, Memory, Subject
 from robustdeq.evaluation.provenance import core_digest
@@ -29,7 +30,6 @@ from robustdeq.suite import (
 from robustdeq.suite import (
     battery as named_battery,
 )
-from robustdeq.targets import parameter_dtype
 from robustdeq.threats import Threat
 from robustdeq.verdict import Evidence, Failure, Verdict, judge_evidence
 from robustdeq.weights import state_sha256

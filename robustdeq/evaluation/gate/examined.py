@@ -7,11 +7,12 @@ from functools import cached_property
 
 import torch
 
+from robustdeq.equilibrium import parameter_dtype
 from robustdeq.evaluation.gate.ascent import Escalation, escalate
 from robustdeq.evaluation.judge import predictions, seeded
 from robustdeq.randomness import SampleRandom, derived_seed
 from robustdeq.shapes import Images, Labels, Logits, Mask, PerSample
-from robustdeq.targets import Target, parameter_dtype
+from robustdeq.targets import Target
 from robustdeq.threats import Threat
 
 FEW = 32

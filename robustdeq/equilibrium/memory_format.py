@@ -1,0 +1,41 @@
+"""Convolutions with the channels of a pixel side by side in memory."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from robustdeq.equilibrium.model import EquilibriumClassifier
+from robustdeq.shapes import Images
+
+_SAMPLES = 4
+_ROUNDING = 1e-3
+"""Largest difference of logits, relative to the largest of them, that counts as rounding."""
+
+
+def channels_last(model: EquilibriumClassifier, x: Images) -> EquilibriumClassifier:
+    """A copy of a model whose 2-d convolutions keep channels last, which is faster.
+
+    The model itself where it has none, where it cannot be copied, or where the copy does not
+    answer alike: it is for searching, never for judging.
+
+    Args:
+        x: images on which the two are compared; the first few are taken.
+    """
+    if not any(isinstance(part, nn.Conv2d) for part in model.modules()):
+        return model
+    try:
+        twin = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        alike = _alike(model, twin, x[:_SAMPLES])
+    except Exception:  # whatever a stranger's model makes of being copied
+        return model
+    return twin if alike else model
+
+
+@torch.no_grad()
+def _alike(model: EquilibriumClassifier, twin: EquilibriumClassifier, x: Images) -> bool:
+    expected, found = model(x), twin(x)
+    near = (found - expected).abs().max() <= _ROUNDING * expected.abs().max()
+    return bool(near & found.isfinite().all())
