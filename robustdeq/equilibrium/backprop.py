@@ -73,7 +73,7 @@ def replayed(solver: Solver, f: Map, start: Tensor, origins: Sequence[Tensor]) -
             method.keep(going)
         whole = len(rows) == len(start)
         fz = f(z.reshape(-1, *shape[1:]), step, None if whole else rows).flatten(1)
-        z = method.advance(z, fz)
+        z = method.advance(z, fz, fz - z)
         iterates.append(z if whole else iterates[-1].index_copy(0, rows, z))
     if len(origins) == 1:
         return [iterates[-1].view(shape)]

@@ -34,8 +34,7 @@ class _RankOneUpdates(Method):
         self.vs: list[Tensor] = []
         self.previous: tuple[Tensor, Tensor] | None = None
 
-    def advance(self, z: Tensor, fz: Tensor) -> Tensor:
-        gap = fz - z
+    def advance(self, z: Tensor, fz: Tensor, gap: Tensor) -> Tensor:
         if self.previous is not None:
             self._update(z - self.previous[0], gap - self.previous[1])
         self.previous = (z, gap)

@@ -30,5 +30,5 @@ class _Picard(Method):
     def __init__(self, damping: float) -> None:
         self.damping = damping
 
-    def advance(self, z: Tensor, fz: Tensor) -> Tensor:
-        return fz if self.damping == 1.0 else z + self.damping * (fz - z)
+    def advance(self, z: Tensor, fz: Tensor, gap: Tensor) -> Tensor:
+        return fz if self.damping == 1.0 else z + self.damping * gap

@@ -30,11 +30,14 @@ class Method(ABC):
     `advance` must have no memory."""
 
     @abstractmethod
-    def advance(self, z: Tensor, fz: Tensor) -> Tensor:
-        """The next iterate."""
+    def advance(self, z: Tensor, fz: Tensor, gap: Tensor) -> Tensor:
+        """The next iterate, given the current one, the cell at it, and the gap fz - z.
+
+        Writes to none of them. Where grad mode is on, the result has a graph.
+        """
 
     def keep(self, rows: Tensor) -> None:
-        """Forget all rows but these."""
+        """Forget all rows but these, which ascend."""
         del rows
 
 
@@ -111,6 +114,7 @@ class _Run:
         self.best = self.z
         self.gap = self.z.new_full((batch,), torch.inf)
         self.norm = self.z.new_ones((batch,))
+        self.taken = 0
         self.steps = torch.zeros(batch, dtype=torch.long, device=start.device)
         self.origin = torch.zeros_like(self.steps)
         self.answer = self._current()
@@ -121,11 +125,12 @@ class _Run:
         for step in range(self.solver.max_steps):
             with charged(self.remaining):
                 fz = self.f(self.z.view(-1, *self.shape), step, self.rows).flatten(1)
-            self._observe(fz)
+            gap = fz - self.z
+            self._observe(fz, gap)
             if self.remaining == 0 or step + 1 == self.solver.max_steps:
                 break
             if self.method.returns_best:
-                following = self.method.advance(self.z, fz)
+                following = self.method.advance(self.z, fz, gap)
                 self.z = self._where_open(following, self.z)
             else:
                 self.z = self.best
@@ -138,49 +143,70 @@ class _Run:
             self.origins = [origin]
         return Solve(z.view(-1, *self.shape), residual_of(gap, norm), steps, states)
 
-    def _observe(self, fz: Tensor) -> None:
+    def _observe(self, fz: Tensor, change: Tensor) -> None:
         """Take the residual of the current iterate, and close the rows that meet the tolerance."""
-        gap = torch.linalg.vector_norm(fz - self.z, dim=1)
+        gap = torch.linalg.vector_norm(change, dim=1)
         norm = torch.linalg.vector_norm(fz, dim=1)
-        self.steps = self.steps + self.open
+        self.taken += 1
         if self.method.returns_best:
-            residual = residual_of(gap, norm)
-            better = self.open & (residual < self.gap / self.norm)
-            self.best = torch.where(better[:, None], self.z, self.best)
-            self.gap = torch.where(better, residual, self.gap)
-            self.origin = torch.where(better, self.steps - 1, self.origin)
+            self._keep_best(gap / norm.clamp_min(torch.finfo(norm.dtype).tiny))
         else:
-            self.best = self._where_open(self.method.advance(self.z, fz), self.best)
+            self.best = self._where_open(self.method.advance(self.z, fz, change), self.best)
             self.gap = self._where_open(gap, self.gap)
             self.norm = self._where_open(norm, self.norm)
-            self.origin = self.steps
         if self.solver.tolerance > 0:
-            # A NaN closes its row too: no method recovers from one.
-            self.open = self.open & (gap > self.solver.tolerance * norm)
-            self.remaining = int(self.open.sum())
+            self._close(gap, norm)
         if self.states is not None:
             z, *_, origin = self._gathered()
             self.states.append(z.view(-1, *self.shape))
             self.origins.append(origin)
 
+    def _keep_best(self, residual: Tensor) -> None:
+        """The current iterate where it is better; one without a residual never is."""
+        better = residual < self.gap
+        if self.remaining < len(self.open):
+            better = better & self.open
+        # To ask another device would be to wait for it.
+        if better.device.type == "cpu" and bool(better.all()):
+            self.best, self.gap = self.z, residual
+            self.origin = torch.full_like(self.origin, self.taken - 1)
+            return
+        self.best = _chosen(better, self.z, self.best)
+        self.gap = torch.where(better, residual, self.gap)
+        self.origin = torch.where(better, self.taken - 1, self.origin)
+
+    def _close(self, gap: Tensor, norm: Tensor) -> None:
+        # A NaN closes its row too: no method recovers from one.
+        still = self.open & (gap > self.solver.tolerance * norm)
+        remaining = int(still.sum())
+        if remaining < self.remaining:
+            self.steps = self._steps()
+            self.open, self.remaining = still, remaining
+
+    def _steps(self) -> Tensor:
+        """Evaluations per row: all that were made for an open one."""
+        return torch.where(self.open, self.taken, self.steps)
+
     def _where_open(self, new: Tensor, old: Tensor) -> Tensor:
         if self.remaining == len(self.open):
             return new
-        mask = self.open if new.dim() == 1 else self.open[:, None]
-        return torch.where(mask, new, old)
+        return _chosen(self.open, new, old)
 
     def _drop_finished(self) -> None:
         self.answer = self._gathered()
         live = self.open.nonzero().squeeze(1)
         self.rows = live if self.rows is None else self.rows[live]
-        self.z, self.best = self.z[live], self.best[live]
+        self.z, self.best = self.z.index_select(0, live), self.best.index_select(0, live)
         self.gap, self.norm = self.gap[live], self.norm[live]
         self.steps, self.origin = self.steps[live], self.origin[live]
         self.open = self.open[live]
         self.method.keep(live)
 
     def _current(self) -> tuple[Tensor, ...]:
-        return self.best, self.gap, self.norm, self.steps, self.origin
+        steps = self._steps()
+        # The last iterate is as old as its row.
+        origin = self.origin if self.method.returns_best else steps
+        return self.best, self.gap, self.norm, steps, origin
 
     def _gathered(self) -> tuple[Tensor, ...]:
         if self.rows is None:
@@ -189,3 +215,21 @@ class _Run:
             whole.index_copy(0, self.rows, part)
             for whole, part in zip(self.answer, self._current(), strict=True)
         )
+
+
+def _chosen(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """The rows of `new` where the mask holds, else those of `old`; neither is written to.
+
+    On a CPU `torch.where` takes several times as long as copying rows, and nothing has to be copied
+    as long as one of the two gives all rows. Elsewhere to ask for that would wait for the device.
+    """
+    if new.dim() == 1:
+        return torch.where(mask, new, old)
+    if new.device.type != "cpu" or new.dtype != old.dtype:
+        return torch.where(mask[:, None], new, old)
+    others = mask.logical_not().nonzero().squeeze(1)
+    if len(others) == 0:
+        return new
+    if len(others) == len(new):
+        return old
+    return new.index_copy(0, others, old.index_select(0, others))

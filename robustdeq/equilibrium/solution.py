@@ -74,8 +74,8 @@ class Problem:
 def take_rows(injection: Injection, rows: Tensor) -> Injection:
     """Some rows of an injection."""
     if isinstance(injection, Tensor):
-        return injection[rows]
-    return tuple(part[rows] for part in injection)
+        return injection.index_select(0, rows)
+    return tuple(part.index_select(0, rows) for part in injection)
 
 
 def relative_residual(fz: Tensor, z: Tensor) -> PerSample:
