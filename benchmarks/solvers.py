@@ -184,14 +184,17 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
 
     named = frame.assign(row=frame["data"] + ", " + frame["cell"] + " cell")
     grid = sns.relplot(
-        named, x="batch", y="overhead", hue="solver", style="library", col="row", col_wrap=2,
+        named, x="batch", y="overhead_median", hue="solver", style="library", col="row", col_wrap=2,
         kind="line", markers=True, dashes=True, height=2.6, aspect=1.4,
     )  # fmt: skip
-    grid.set(xscale="log", yscale="symlog", ylim=(0, None))
-    grid.set(xticks=BATCHES, xticklabels=BATCHES, yticks=(10, 100, 1000))
-    grid.set(yticklabels=("10 %", "100 %", "1000 %"))
+    grid.set(xscale="log")
+    for axes in grid.axes.flat:
+        axes.set_yscale("symlog", linthresh=10)
+        axes.set_ylim(bottom=0)
+    grid.set(xticks=BATCHES, xticklabels=BATCHES, yticks=(0, 10, 100, 1000))
+    grid.set(yticklabels=("0", "10 %", "100 %", "1000 %"))
     grid.set_titles("{col_name}")
-    grid.set_axis_labels("batch", "overhead over bare evaluations")
+    grid.set_axis_labels("batch", "median overhead")
     for axes in grid.axes.flat:
         axes.minorticks_off()
         axes.axhline(10, color="gray", linewidth=0.8, linestyle=":")
