@@ -113,10 +113,18 @@ def load(kind: Kind, name: str, parameters: Mapping[str, Any]) -> Any:
 
 
 def parameters_of(plugin: Any) -> dict[str, Any]:
-    """The resolved parameters of a plugin object: all fields, defaults included."""
+    """The resolved parameters of a plugin object: all fields, defaults included.
+
+    A field whose metadata say `young` came after weights were released. At its default it is left
+    out, so that their training gives the same bytes again.
+    """
     if not dataclasses.is_dataclass(plugin):
         return {}
-    return {f.name: getattr(plugin, f.name) for f in dataclasses.fields(plugin) if f.init}
+    return {
+        f.name: getattr(plugin, f.name)
+        for f in dataclasses.fields(plugin)
+        if f.init and not (f.metadata.get("young") and getattr(plugin, f.name) == f.default)
+    }
 
 
 def _typed(what: str, value: Any, hint: Any) -> Any:

@@ -19,7 +19,7 @@ from robustdeq.errors import UsageError
 from robustdeq.registry import load
 from robustdeq.targets import Target
 from robustdeq.threats import Threat
-from robustdeq.training._inner import maximized
+from robustdeq.training._inner import Ascent
 
 CPU = torch.device("cpu")
 
@@ -88,9 +88,7 @@ def test_joint_ascent_stays_in_the_ball_and_finds_what_pgd_finds(
     found, state = ascent(dynamics, toy_images, ball, loss, toy_images)
     assert not any(ball.violations(toy_images, found))
     assert state.z.shape == (8, 12)
-    reference = maximized(
-        target, toy_images, ball, lambda logits: loss(logits).sum(), toy_images, 40, 0.1
-    )
+    reference = Ascent(40, 0.1)(target, toy_images, ball, loss, toy_images).x
     with torch.no_grad():
         start, joint, nested = (loss(toy(x)) for x in (toy_images, found, reference))
     rise = (joint - start) / (nested - start)

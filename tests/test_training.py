@@ -22,7 +22,7 @@ from robustdeq.registry import load
 from robustdeq.suite import find_suite, suite_names
 from robustdeq.targets import Target
 from robustdeq.threats import Threat
-from robustdeq.training._inner import maximized, random_start, warmed
+from robustdeq.training._inner import Ascent, random_start, warmed
 from robustdeq.training.augmentation import SHIFT, augmented
 from robustdeq.training.loop import train
 from robustdeq.training.run import Job, jobs_of, run_job
@@ -226,12 +226,12 @@ def test_the_inner_attack_stays_in_the_ball_and_raises_the_loss() -> None:
     target = Target(model, 10)
 
     def loss(logits: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(logits, y, reduction="sum")
+        return F.cross_entropy(logits, y, reduction="none")
 
-    found = maximized(target, x, THREAT, loss, start, 5, 0.25)
+    found = Ascent(5, 0.25)(target, x, THREAT, loss, start).x
     assert not any(THREAT.violations(x, found))
     with torch.no_grad():
-        assert float(loss(model(found))) > float(loss(model(start))) > 0
+        assert float(loss(model(found)).sum()) > float(loss(model(start)).sum()) > 0
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ class Backprop(SolveGradient):
     gradient there. A start that carries a graph is passed through. Costs the solve, then the steps
     that led to the answer once more, all of them in memory.
     """
+
+    cold: ClassVar[bool] = True
 
     def __str__(self) -> str:
         return "backprop"

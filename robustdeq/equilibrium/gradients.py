@@ -34,9 +34,11 @@ class SolveGradient(ABC):
 
     Attributes:
         needs_states: whether `carrier` reads the states of the solution.
+        cold: whether it follows the solve from the model's own start, and refuses another.
     """
 
     needs_states: ClassVar[bool] = False
+    cold: ClassVar[bool] = False
 
     @abstractmethod
     def carrier(self, problem: Problem, solution: Solve, solver: Solver) -> Solve:
@@ -243,6 +245,8 @@ class Unrolled(SolveGradient):
     would silently become the one-step gradient (measured relative error 0.32), so a warm start is
     refused.
     """
+
+    cold: ClassVar[bool] = True
 
     steps: int
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from robustdeq.equilibrium.iteration import Solver
 from robustdeq.equilibrium.joint import Dynamics, JointState
 from robustdeq.equilibrium.model import parameter_dtype
 from robustdeq.equilibrium.solution import Injection, relative_residual
@@ -68,10 +69,10 @@ class Lockstep:
     updates: int = 1
 
     @torch.no_grad()
-    def settled(self, x: Images) -> JointState:
-        """The state of the deployed solver from its cold start, and an adjoint of 0."""
+    def settled(self, x: Images, solver: Solver | None = None) -> JointState:
+        """The state of a solver, by default the deployed one, from the cold start; adjoint 0."""
         model = self.dynamics.model
-        solve = model.drive()
+        solve = model.drive(solver=solver)
         z = solve(model.cell, model.embed(x.to(parameter_dtype(model) or x.dtype))).z.detach()
         return JointState(_finite(z), torch.zeros_like(z))
 

@@ -44,6 +44,7 @@ class Intermediate(SolveGradient):
     """
 
     needs_states: ClassVar[bool] = True
+    cold: ClassVar[bool] = True
 
     state: int
     steps: int
@@ -90,6 +91,7 @@ class SimultaneousAdjoint(SolveGradient):
     """
 
     needs_states: ClassVar[bool] = True
+    cold: ClassVar[bool] = True
 
     damping: float = 1.0
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
+
+Inner = Literal["solve", "warm", "joint"]
+Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,3 +43,23 @@ class Adversarial(Schedule):
     steps: int = 7
     step_size: float = 0.25
     warmup: float = 0.3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Maximized(Adversarial):
+    """A schedule whose inner attack ascends along one of three kinds of gradients.
+
+    Attributes:
+        inner: how a step of the inner attack gets its gradient on an equilibrium model. "solve"
+            solves from the cold start. "warm" solves, as long and as tightly, from the state of
+            the step before. "joint" carries state and adjoint: one evaluation of the cell and one
+            product with its Jacobian (Gurumurthy et al. 2021), whatever `gradient` says. With the
+            last two, the solve of the training loss starts from the last state, too, unless
+            `gradient` follows the solve from its own start. Deployed models start cold always.
+        inner_precision: "bfloat16" runs the inner attack under autocast; the training loss stays
+            in the precision of the training. Solves to a tolerance below 1e-2 then run to their
+            last step.
+    """
+
+    inner: Inner = field(default="solve", metadata={"young": True})
+    inner_precision: Precision = field(default="float32", metadata={"young": True})

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from robustdeq.errors import UsageError
 from robustdeq.shapes import Images
 from robustdeq.targets import Target
 from robustdeq.threats import Threat
+from robustdeq.training._carried import Loss, gradients_of
+from robustdeq.training._fields import Inner, Maximized, Precision
 
 
 def warmed(threat: Threat, progress: float, warmup: float) -> Threat:
@@ -24,28 +29,79 @@ def warmed(threat: Threat, progress: float, warmup: float) -> Threat:
     return Threat(threat.norm, threat.epsilon * int(1000 * share) / 1000)
 
 
-def maximized(
-    target: Target,
-    x: Images,
-    threat: Threat,
-    loss: Callable[[Tensor], Tensor],
-    start: Images,
-    steps: int,
-    step_size: float,
-) -> Images:
-    """`steps` of steepest ascent of `loss(logits)` from `start`, projected after each.
+class Found(NamedTuple):
+    """Candidates (batch, channels, height, width), and states from which to solve at them.
 
-    Args:
-        step_size: relative to the threat's epsilon.
+    `warm` is empty where the next solve is to start cold.
     """
-    current = start
-    with frozen(target.model):
-        for _ in range(steps):
-            current = current.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(loss(target(current).logits), current)
-            ascent = threat.steepest(gradient) * (step_size * threat.eps)
-            current = threat.project(x, current.detach() + ascent)
-    return current.detach()
+
+    x: Images
+    warm: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ascent:
+    """Steepest ascent of a loss, projected after each step.
+
+    Attributes:
+        steps: how many.
+        step_size: relative to the threat's epsilon.
+        inner: where gradients come from; see `Maximized`.
+        precision: in which they are computed; the candidates stay as they are.
+    """
+
+    steps: int
+    step_size: float
+    inner: Inner = "solve"
+    precision: Precision = "float32"
+
+    @classmethod
+    def of(cls, recipe: Maximized) -> Ascent:
+        """The inner attack of a recipe."""
+        return cls(recipe.steps, recipe.step_size, recipe.inner, recipe.inner_precision)
+
+    def __call__(
+        self,
+        target: Target,
+        x: Images,
+        threat: Threat,
+        loss: Loss,
+        start: Images,
+        warm: Sequence[Tensor] = (),
+    ) -> Found:
+        """Candidates in the ball around `x`.
+
+        Args:
+            loss: from logits to the loss of each sample.
+            start: where to begin, in the ball.
+            warm: states near those of `start`; of no use to "solve".
+
+        Raises:
+            UsageError: for a model or a gradient that `inner` does not fit.
+        """
+        gradients = gradients_of(self.inner, target, warm)
+        current = start.detach()
+        with frozen(target.model), arithmetic(self.precision, x.device):
+            for _ in range(self.steps):
+                ascent = threat.steepest(gradients(current, loss)) * (self.step_size * threat.eps)
+                current = threat.project(x, current + ascent)
+        return Found(current, gradients.onward())
+
+
+@contextmanager
+def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Autocast, where the precision asks for it; else what is around stays in force.
+
+    Raises:
+        UsageError: on a device without autocast.
+    """
+    if precision == "float32":
+        yield
+        return
+    if not torch.amp.is_autocast_available(device.type):
+        raise UsageError(f"inner_precision {precision!r} needs autocast, which {device} lacks.")
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        yield
 
 
 @contextmanager

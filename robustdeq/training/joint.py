@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from robustdeq.equilibrium import JointAscent, Unrolled
+from robustdeq.equilibrium import JointAscent
 from robustdeq.errors import UsageError
 from robustdeq.interfaces import About
 from robustdeq.shapes import Images, Labels
 from robustdeq.targets import Target
 from robustdeq.threats import Threat
+from robustdeq.training._carried import admits_warm
 from robustdeq.training._fields import Adversarial
 from robustdeq.training._inner import frozen, random_start, warmed
 
@@ -82,6 +83,5 @@ class JointAdversarialTraining(Adversarial):
                 lambda logits: F.cross_entropy(logits, y, reduction="none"),
                 random_start(x, threat, generator),
             )
-        # An unrolled gradient is that of a cold start.
-        warm = () if isinstance(target.gradient, Unrolled) else (state.z,)
+        warm = (state.z,) if admits_warm(target) else ()
         return F.cross_entropy(target(adversarial, warm).logits, y)

@@ -18,11 +18,12 @@ from robustdeq.interfaces import Defense, Recipe, option
 from robustdeq.randomness import derived_seed
 from robustdeq.suite import Augmentation
 from robustdeq.threats import Threat
+from robustdeq.training._fields import Precision
 from robustdeq.training.checkpoint import Checkpoint
 from robustdeq.training.descent import Descent
 from robustdeq.training.history import Row
 from robustdeq.training.selection import Selection, held_out
-from robustdeq.training.task import Precision, Task, Trainer, constrain
+from robustdeq.training.task import Task, Trainer, constrain
 
 LINES = 100
 """Rows of a log, about."""

@@ -13,15 +13,15 @@ from robustdeq.interfaces import About
 from robustdeq.shapes import Images, Labels
 from robustdeq.targets import Target
 from robustdeq.threats import Threat
-from robustdeq.training._fields import Adversarial
-from robustdeq.training._inner import maximized, random_start, warmed
+from robustdeq.training._fields import Maximized
+from robustdeq.training._inner import Ascent, random_start, warmed
 
 
 @dataclass(frozen=True, kw_only=True)
-class PGDAdversarialTraining(Adversarial):
+class PGDAdversarialTraining(Maximized):
     """Cross-entropy on the PGD examples of each batch (Madry et al. 2018, equation 2.1).
 
-    Its parameters are those of `Adversarial` and `Schedule`.
+    Its parameters are those of `Maximized`, `Adversarial` and `Schedule`.
     """
 
     about: ClassVar[About] = About(
@@ -42,15 +42,17 @@ class PGDAdversarialTraining(Adversarial):
         progress: float,
         generator: torch.Generator,
     ) -> Tensor:
-        """See `robustdeq.interfaces.Recipe`."""
+        """See `robustdeq.interfaces.Recipe`.
+
+        Raises:
+            UsageError: for a model or a gradient that `inner` does not fit.
+        """
         threat = warmed(threat, progress, self.warmup)
-        adversarial = maximized(
+        found = Ascent.of(self)(
             target,
             x,
             threat,
-            lambda logits: F.cross_entropy(logits, y, reduction="sum"),
+            lambda logits: F.cross_entropy(logits, y, reduction="none"),
             random_start(x, threat, generator),
-            self.steps,
-            self.step_size,
         )
-        return F.cross_entropy(target(adversarial).logits, y)
+        return F.cross_entropy(target(found.x, found.warm).logits, y)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from robustdeq.equilibrium import Drive, EquilibriumClassifier
 from robustdeq.errors import UsageError
-from robustdeq.interfaces import About
+from robustdeq.interfaces import About, option
 from robustdeq.shapes import Images, Labels
 from robustdeq.targets import Target
 from robustdeq.threats import Threat
@@ -43,6 +43,14 @@ class RandomStates(Around):
     base: str = "pgd_at"
     parameters: dict[str, Any] = field(default_factory=dict)
     states: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (inner := option(self.local, "inner", "solve")) != "solve":
+            raise UsageError(
+                f"recipe random_states draws the length of each solve from the cold start, which "
+                f"inner={inner!r} of {self.base} does without; use inner='solve'."
+            )
 
     def loss(
         self,

@@ -18,10 +18,10 @@ from robustdeq.keys import canonical, digest, file_sha256
 from robustdeq.registry import load, parameters_of, plugin_class
 from robustdeq.suite import Augmentation, DefenseEntry, Suite, expand
 from robustdeq.threats import Threat
+from robustdeq.training._fields import Precision
 from robustdeq.training.checkpoint import Checkpoint
 from robustdeq.training.history import write_curve, write_log
 from robustdeq.training.loop import Progress, train
-from robustdeq.training.task import Precision
 from robustdeq.weights import WeightsInfo, read_info, save_weights
 
 

@@ -13,7 +13,7 @@ from robustdeq.datasets import Slice
 from robustdeq.errors import UsageError
 from robustdeq.randomness import derived_seed
 from robustdeq.targets import Target
-from robustdeq.training._inner import maximized, random_start
+from robustdeq.training._inner import Ascent, random_start
 from robustdeq.training.task import Task, constrain, model_state, restore_model
 
 LOOKS = 20
@@ -83,15 +83,13 @@ class Selection:
     def _correct(self, target: Target, x: torch.Tensor, y: torch.Tensor) -> int:
         if self.task.recipe.adversarial:
             generator = torch.Generator().manual_seed(derived_seed(self.task.seed, "look"))
-            x = maximized(
+            x = Ascent(STEPS, STEP_SIZE)(
                 target,
                 x,
                 self.task.threat,
-                lambda logits: F.cross_entropy(logits, y, reduction="sum"),
+                lambda logits: F.cross_entropy(logits, y, reduction="none"),
                 random_start(x, self.task.threat, generator),
-                STEPS,
-                STEP_SIZE,
-            )
+            ).x
         with torch.no_grad():
             return int((target(x).logits.argmax(1) == y).sum())
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,9 @@ from robustdeq.randomness import derived_seed
 from robustdeq.suite import Augmentation
 from robustdeq.targets import Target
 from robustdeq.threats import Threat
+from robustdeq.training._fields import Precision
 from robustdeq.training.augmentation import augmented
 
-Precision = Literal["float32", "bfloat16"]
 CLIPPING = 5.0
 """Largest norm of a parameter gradient."""
 

@@ -13,12 +13,13 @@ from robustdeq.interfaces import About
 from robustdeq.shapes import Images, Labels
 from robustdeq.targets import Target
 from robustdeq.threats import Threat
-from robustdeq.training._fields import Adversarial
-from robustdeq.training._inner import maximized, warmed
+from robustdeq.training._carried import states_of
+from robustdeq.training._fields import Maximized
+from robustdeq.training._inner import Ascent, warmed
 
 
 @dataclass(frozen=True, kw_only=True)
-class TRADES(Adversarial):
+class TRADES(Maximized):
     """CE(clean) + beta * KL(clean || adversarial) (Zhang et al. 2019, equation 5, algorithm 1).
 
     The inner attack ascends the divergence.
@@ -48,23 +49,29 @@ class TRADES(Adversarial):
         progress: float,
         generator: torch.Generator,
     ) -> Tensor:
-        """See `robustdeq.interfaces.Recipe`."""
+        """See `robustdeq.interfaces.Recipe`.
+
+        Raises:
+            UsageError: for a model or a gradient that `inner` does not fit.
+        """
         threat = warmed(threat, progress, self.warmup)
         with torch.no_grad():
-            reference = F.log_softmax(target(x).logits, 1)
+            clean = target(x)
+        reference = F.log_softmax(clean.logits, 1)
+        warm = states_of(self.inner, target, clean)
         # The divergence has a zero gradient at the clean point itself, hence the small noise.
         noise = torch.randn(x.shape, generator=generator).to(x) * 1e-3
-        adversarial = maximized(
+        found = Ascent.of(self)(
             target,
             x,
             threat,
-            lambda logits: _divergence(reference, logits).sum(),
+            lambda logits: _divergence(reference, logits),
             threat.project(x, x + noise),
-            self.steps,
-            self.step_size,
+            warm,
         )
-        logits = target(x).logits
-        divergence = _divergence(F.log_softmax(logits, 1), target(adversarial).logits).mean()
+        logits = target(x, warm).logits
+        adversarial = target(found.x, found.warm).logits
+        divergence = _divergence(F.log_softmax(logits, 1), adversarial).mean()
         return F.cross_entropy(logits, y) + self.beta * divergence
 
 
