@@ -140,6 +140,7 @@ def test_the_tables_in_docs_are_those_of_the_records() -> None:
         ("claims", "claims", ("lyadeq", "neural_dynamics")),
         ("gradient_cosines", "gradient_cosines", ("gradients",)),
         ("peers", "peers-digits", ("peers",)),
+        ("training", "training", ("training",)),
     ],
 )
 def test_the_tables_in_docs_are_those_of_the_benchmarks(
