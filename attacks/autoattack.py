@@ -71,7 +71,10 @@ class AutoAttack:
         version: "standard", "plus" or "rand" (for randomized models).
         engine: "reference" or "joint".
         rerun: the share of survivors, nearest to the boundary, that the joint engine runs again
-            through the deployed solver.
+            on solved states.
+        fallback: whether the reference runs where the joint engine cannot; if not, models that it
+            is not for are left alone.
+        draw: added to the suite's seed, for a second run with other random numbers.
     """
 
     needs: ClassVar[Access] = Access.GRADIENTS
@@ -80,6 +83,8 @@ class AutoAttack:
     version: Version = "standard"
     engine: Literal["reference", "joint"] = "reference"
     rerun: float = 0.15
+    fallback: bool = True
+    draw: int = 0
 
     def __post_init__(self) -> None:
         if self.engine == "joint" and self.version != "standard":
@@ -87,8 +92,17 @@ class AutoAttack:
                 f"autoattack has engine='joint', version={self.version!r}; the joint engine runs "
                 "version 'standard'."
             )
+        if self.engine == "reference" and not self.fallback:
+            raise UsageError(
+                "autoattack has engine='reference', fallback=False; leave fallback out, or give "
+                "engine='joint'."
+            )
         if not 0 <= self.rerun <= 1:
             raise UsageError(f"autoattack has rerun={self.rerun}; give a share from 0 to 1.")
+
+    def fits(self, target: Target) -> bool:
+        """Whether it attacks the target at all."""
+        return self.fallback or target.dynamics() is not None
 
     def components(self, classes: int) -> tuple[str, ...]:
         """The components that run with so many classes, in order."""
@@ -126,19 +140,21 @@ class AutoAttack:
             if dynamics is not None:
                 reason = unreliable(Lockstep(dynamics), x, y)
             if dynamics is not None and not reason:
-                screen = Screen(target, dynamics, x, y, threat, rng.seed, rerun=self.rerun)
-                return screen.run()
+                seed = rng.seed + self.draw
+                return Screen(target, dynamics, x, y, threat, seed, rerun=self.rerun).run()
+            if not self.fallback:
+                return Candidates(x, ("",) * len(x), (f"{ENGINE_LEFT_OUT}: {reason}",))
             notes = (f"{ENGINE_LEFT_OUT}, the reference ran: {reason}",)
-        return self._reference(target, x, y, threat, rng)._replace(notes=notes)
+        return self._reference(target, x, y, threat, rng.seed + self.draw)._replace(notes=notes)
 
     def _reference(
-        self, target: Target, x: Images, y: Labels, threat: Threat, rng: SampleRandom
+        self, target: Target, x: Images, y: Labels, threat: Threat, seed: int
     ) -> Candidates:
         module = target.module()
-        library = _library(module, threat, rng.seed, self.version, x.device)
+        library = _library(module, threat, seed, self.version, x.device)
         targets = min(9, target.classes - 1)
         library.apgd_targeted.n_target_classes = library.fab.n_target_classes = targets
-        return _in_turn(library, module, self.components(target.classes), x, y, rng.seed)
+        return _in_turn(library, module, self.components(target.classes), x, y, seed)
 
 
 @dataclass(frozen=True, kw_only=True)

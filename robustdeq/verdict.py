@@ -287,6 +287,8 @@ def _autoattack_labels(evidence: Evidence, version: str) -> list[str]:
             if r.meta.stage.get("attack") == "autoattack"
             and r.meta.stage.get("parameters", {}).get("version") == version
             and r.meta.stage.get("gradient") == "honest"
+            # One that leaves some models alone says nothing about them.
+            and r.meta.stage.get("parameters", {}).get("fallback", True)
         )
     )
 

@@ -36,7 +36,7 @@ def digits(n: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(part.images).float() / 255, torch.from_numpy(part.labels)
 
 
-@pytest.mark.parametrize(("text", "n"), [("Linf:3/16", 10), ("L2:0.5", 6)])
+@pytest.mark.parametrize(("text", "n"), [("Linf:3/16", 6), ("L2:0.5", 4)])
 def test_the_verdict_is_the_reference_s(text: str, n: int) -> None:
     model, threat = robustdeq.load_model("Madry2018Towards_deq"), Threat.parse(text)
     x, y = digits(n)
@@ -125,8 +125,37 @@ def test_a_model_whose_plain_steps_do_not_settle_falls_back_and_says_so() -> Non
     assert torch.equal(joint.adversarials, plain.adversarials)
 
 
+def test_without_a_fallback_a_model_is_left_alone_and_has_no_figure_of_it() -> None:
+    model = Expanding()
+    x, y = contested_by(model)
+    entry = AttackEntry(attack="autoattack", parameters={"engine": "joint", "fallback": False})
+    verdict = robustdeq.evaluate(model, x, y, threat="Linf:0.02", attacks=[entry])
+    assert verdict.autoattack_acc is None
+    assert any("joint engine left out" in flag for flag in verdict.flags)
+    explicit = nn.Sequential(nn.Flatten(), nn.Linear(25, 2))
+    assert not AutoAttack(engine="joint", fallback=False).fits(Target(explicit, 2))
+
+
+def test_the_adaptive_battery_screens_with_other_random_numbers() -> None:
+    entries = [
+        e.parameters for e in attacks_of(adjusted(find_suite("digits"), None, "adaptive"))
+        if e.attack == "autoattack" and e.parameters["engine"] == "joint"
+    ]  # fmt: skip
+    assert [(p["fallback"], p["draw"]) for p in entries] == [(False, 1)]
+    model, threat = Centered(), BALL
+    x, y = contested(model, 12)
+    one, other, again = (
+        AutoAttack(engine="joint", draw=draw).run(
+            Target(model, 4), x, y, threat, SampleRandom(0, "t", range(12))
+        ).x
+        for draw in (0, 1, 0)
+    )  # fmt: skip
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+
+
 def contested_by(model: nn.Module) -> tuple[Tensor, Tensor]:
-    x = torch.linspace(0.47, 0.53, 4).view(-1, 1, 1, 1).expand(-1, 1, 5, 5).contiguous()
+    x = torch.linspace(0.47, 0.53, 2).view(-1, 1, 1, 1).expand(-1, 1, 5, 5).contiguous()
     return x, model(x).argmax(1).detach()
 
 
@@ -165,7 +194,8 @@ def test_a_suite_and_the_command_line_choose_the_engine() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"engine": "joint", "version": "rand"}, {"rerun": 1.5}, {"rerun": -0.1}]
+    "wrong",
+    [{"engine": "joint", "version": "rand"}, {"rerun": 1.5}, {"rerun": -0.1}, {"fallback": False}],
 )
 def test_parameters_that_do_not_fit_are_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=f"{next(iter(wrong))}="):
