@@ -12,14 +12,16 @@ from torch import Tensor
 from robustdeq.equilibrium import JointState, Lockstep, take_rows
 from robustdeq.shapes import Counts, Images, Logits, Mask, PerSample
 
-_PAIRS = 128
+_PAIRS = 256
 """Candidates that are looked at together: as many of each row as make this number."""
 _AHEAD = 16
 """Most candidates of one row that are looked at together."""
 _WASTE = 0.125
 """Share of the candidates that may be in vain because an earlier one of the row was taken."""
 _REFRESH = 25
-"""Queries between two looks at a best point that has moved."""
+"""Queries after which a best point that has moved is looked at afresh,"""
+_TOGETHER = 4
+"""once so many rows, or a quarter of the live ones if these are more, wait for it."""
 _FIRST = 8
 """Looks by which the first adjoint is found."""
 _CALIBRATE = 4
@@ -76,7 +78,9 @@ class CarriedSquare:
         self._calibrate(self._live())
         while len(rows := self._live()):
             self._round(rows)
-            self._look(((self.due <= self.asked) & (self.best > 0)).nonzero().squeeze(1), 1)
+            due = ((self.due <= self.asked) & (self.best > 0)).nonzero().squeeze(1)
+            if len(due) >= max(_TOGETHER, len(rows) // 4):
+                self._look(due, 1)
         left = (~self.ledger.settled[self.samples]).nonzero().squeeze(1)
         self.ledger.offer(self.samples[left], self.x[left])
 
