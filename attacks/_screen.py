@@ -8,7 +8,7 @@ import torch
 from robustdeq.attacks._apgd import AutoPGD
 from robustdeq.attacks._ascent import Lanes, LogitLoss, Objective, ascend
 from robustdeq.attacks._carried import Carried
-from robustdeq.attacks._carried_fab import carried_fab
+from robustdeq.attacks._carried_fab import CarriedFAB
 from robustdeq.attacks._carried_square import CarriedSquare
 from robustdeq.attacks._ledger import Ledger
 from robustdeq.attacks._losses import cross_entropy, named_loss
@@ -146,15 +146,8 @@ class Screen:
         if not len(samples):
             return
         self.ledger.sign("fab-t")
-        carried_fab(
-            self.lockstep,
-            self.settled.take(samples),
-            self.ledger,
-            samples,
-            classes,
-            self.x[samples],
-            self.threat,
-        )
+        settled, x = self.settled.take(samples), self.x[samples]
+        CarriedFAB(self.lockstep, settled, self.ledger, samples, classes, x, self.threat).run()
 
     def _square(self) -> None:
         samples = self.ledger.open()
