@@ -141,7 +141,7 @@ def test_the_adaptive_battery_screens_with_other_random_numbers() -> None:
         e.parameters for e in attacks_of(adjusted(find_suite("digits"), None, "adaptive"))
         if e.attack == "autoattack" and e.parameters["engine"] == "joint"
     ]  # fmt: skip
-    assert [(p["fallback"], p["draw"]) for p in entries] == [(False, 1)]
+    assert [(p["fallback"], p["draw"]) for p in entries] == [(False, 100)]
     model, threat = Centered(), BALL
     x, y = contested(model, 12)
     one, other, again = (
