@@ -11,8 +11,8 @@ tolerances; `explicit`, pyautoattack over the explicit network of the same parts
 model that does not iterate. Process time, evaluations of the cell and vector-Jacobian products,
 and the verdict on each image by the deployed predictor. The reference under other seeds says how
 much of a disagreement is chance. A block that is done is not run again; the same command goes on.
-The wide cell is the small one's function at eight times the work: inner channels repeated, weights
-divided.
+Writes results/side_by_side-*.csv and, under the same name, a figure. The wide cell is the small
+one's function at eight times the work: inner channels repeated, weights divided.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ import copy
 import json
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 import torch
+from _figures import save, seaborn
 from robustdeq.attacks.autoattack import AutoAttack
 from torch import Tensor, nn
 
@@ -38,6 +39,7 @@ from robustdeq.randomness import SampleRandom
 from robustdeq.targets import Target
 from robustdeq.threats import Threat, Violation
 
+Result = TypeVar("Result")
 RESULTS = Path(__file__).resolve().parent / "results"
 ROW, TWIN = "Madry2018Towards_deq", "Madry2018Towards_feedforward"
 EPS = {"mnist": "Linf:0.31", "digits": "Linf:3/16"}
@@ -102,20 +104,44 @@ def measured(
     model: nn.Module, judge: nn.Module, attack: AutoAttack, x: Tensor, y: Tensor, seed: int,
     threat: Threat,
 ) -> dict[str, Any]:  # fmt: skip
-    """One block: process time, counts, and which images stand."""
+    """One block: seconds, counts, which images stand, and what the attack notes."""
     rng = SampleRandom(seed, "side by side", range(len(x)))
-    begun = time.process_time()
     with metered() as meter:
-        found = attack.run(Target(model, 10), x, y, threat, rng).x
-    seconds = time.process_time() - begun
-    inside = [v is Violation.NONE for v in threat.violations(x, found)]
+        seconds, found = timed(lambda: attack.run(Target(model, 10), x, y, threat, rng), x.device)
+    inside = [v is Violation.NONE for v in threat.violations(x, found.x)]
     with torch.no_grad():
         clean = judge(x).argmax(1) == y
-        stands = (judge(found).argmax(1) == y) | ~torch.tensor(inside)
+        stands = (judge(found.x).argmax(1) == y) | ~torch.tensor(inside, device=x.device)
     return {
         "seconds": seconds, "forward": meter.forward, "backward": meter.backward,
-        "robust": (clean & stands).int().tolist(),
+        "robust": (clean & stands).int().tolist(), "notes": list(found.notes),
     }  # fmt: skip
+
+
+def timed(run: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
+    """Seconds, of the process alone where the process does the work, and the result."""
+    if device.type != "cuda":
+        begun = time.process_time()
+        result = run()
+        return time.process_time() - begun, result
+    torch.cuda.synchronize(device)
+    begun = time.perf_counter()
+    result = run()
+    torch.cuda.synchronize(device)
+    return time.perf_counter() - begun, result
+
+
+def held(ledger: Path) -> list[dict[str, Any]]:
+    """The lines of a ledger; none where there is no ledger yet."""
+    texts = ledger.read_text().splitlines() if ledger.exists() else []
+    return [json.loads(text) for text in texts]
+
+
+def keep(line: dict[str, Any], ledger: Path) -> None:
+    """Add a line to a ledger."""
+    ledger.parent.mkdir(parents=True, exist_ok=True)
+    with ledger.open("a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def run(given: argparse.Namespace, ledger: Path) -> list[dict[str, Any]]:
@@ -124,8 +150,7 @@ def run(given: argparse.Namespace, ledger: Path) -> list[dict[str, Any]]:
     part = load_slice(given.data, "test", given.images)
     x, y = torch.from_numpy(part.images).float() / 255, torch.from_numpy(part.labels)
     models = ways(given.data, given.cell)
-    held = ledger.read_text().splitlines() if ledger.exists() else []
-    lines = [json.loads(text) for text in held]
+    lines = held(ledger)
     done = {(line["way"], line["seed"], line["begin"]) for line in lines}
     for way, seed, begin in blocks(given):
         if (way, seed, begin) in done or (given.reseeds and not seed):
@@ -136,9 +161,7 @@ def run(given: argparse.Namespace, ledger: Path) -> list[dict[str, Any]]:
         line = {"way": way, "seed": seed, "begin": begin}
         line |= measured(model, judge, attack, x[rows], y[rows], seed, threat)
         lines.append(line)
-        ledger.parent.mkdir(parents=True, exist_ok=True)
-        with ledger.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        keep(line, ledger)
         print(f"{way}, seed {seed}, from {begin}: {line['seconds']:.0f} s", flush=True)
     return lines
 
@@ -176,6 +199,61 @@ def table(lines: list[dict[str, Any]], seeds: int) -> pd.DataFrame:
     return frame
 
 
+def draw(frame: pd.DataFrame, path: Path, about: str) -> None:
+    """What the ways cost, and on how many images verdicts differ from the reference's."""
+    sns = seaborn()
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import EngFormatter
+
+    figure, axes = plt.subplots(1, 3, figsize=(9, 2.4), layout="constrained")
+    for axis, column, label in zip(
+        axes, ("evaluations", "seconds"), ("evaluations and products", "process time (s)"),
+        strict=False,
+    ):  # fmt: skip
+        # With several seeds of the reference: their mean, and a line from least to most.
+        sns.barplot(
+            frame, x=column, y="way", hue="way", errorbar=("pi", 100), legend=False, ax=axis
+        )
+        for bars in axis.containers:
+            axis.bar_label(bars, fmt=lambda x: f"{x:,.0f}" if x >= 10 else f"{x:.1f}", padding=8)
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.locator_params(axis="x", nbins=4)
+        axis.set(xlabel=label, ylabel="", xmargin=0.4)
+    differing = disagreements(frame)
+    sns.barplot(differing, x="images", y="who", hue="verdict", ax=axes[2])
+    for bars in axes[2].containers:
+        axes[2].bar_label(bars, padding=3)
+    top = max(4, 1.3 * differing["images"].max())
+    axes[2].set(xlabel="images, of all", ylabel="", xlim=(0, top))
+    axes[2].legend(title=None, loc="best")
+    save(figure, path, about)
+    plt.close(figure)
+
+
+def disagreements(frame: pd.DataFrame) -> pd.DataFrame:
+    """Images that a way leaves robust and the reference of seed 0 broke, and the other way round.
+
+    The reference under other seeds is there to compare with; itself under seed 0 is not.
+    """
+    other = frame[(frame["way"] == "joint") | (frame["seed"] > 0)]
+    who = other["way"] + ", seed " + other["seed"].astype(str)
+    counts = other[["missed", "extra"]].assign(who=who)
+    return counts.melt("who", var_name="verdict", value_name="images")
+
+
+def caption(frame: pd.DataFrame, given: argparse.Namespace) -> str:
+    """What a reader of the figure must know."""
+    robust = frame[(frame["way"] == "reference") & (frame["seed"] == 0)].iloc[0]["robust"]
+    seeds = "seed 0" if given.seeds == 1 else f"seeds 0 to {given.seeds - 1}"
+    return (
+        f"AutoAttack standard, {given.data} {given.eps}, {given.cell} cell, n = {given.images}, "
+        f"of which {robust} stand under the reference of seed 0. The reference ran under {seeds}, "
+        "the other ways under seed 0; several seeds show as a mean and a line from least to most. "
+        "Missed: stands, where the reference of seed 0 broke it; extra: the other way round. "
+        "Explicit is another model, whose verdicts are not compared."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -190,6 +268,7 @@ def main() -> None:
     parser.add_argument(
         "--reseeds", action="store_true", help="run the other seeds alone, and print no table"
     )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
     given = parser.parse_args()
     if given.quick:
         given.images, given.block, given.seeds = 16, 16, 1
@@ -198,11 +277,12 @@ def main() -> None:
     given.eps = given.eps or EPS[given.data]
     radius = given.eps.replace(":", "").replace("/", "over")
     name = f"side_by_side-{given.data}-{radius}-{given.cell}-{given.images}"
-    lines = run(given, RESULTS / f"{name}.jsonl")
+    lines = run(given, given.results / f"{name}.jsonl")
     if given.reseeds:
         return
     frame = table(lines, given.seeds)
-    frame.to_csv(RESULTS / f"{name}.csv", index=False, float_format="%.4g")
+    frame.to_csv(given.results / f"{name}.csv", index=False, float_format="%.4g")
+    draw(frame, given.results / f"{name}.svg", caption(frame, given))
     print(f"\n{name}{' (indicative)' if given.quick else ''}")
     print(frame.to_string(index=False, float_format="%.3g"))
 

@@ -19,7 +19,6 @@ import argparse
 import importlib.util
 import platform
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from side_by_side import ROW, WIDTHS, widened
+from side_by_side import ROW, WIDTHS, timed, widened
 from torch import Tensor
 
 import robustdeq
@@ -124,19 +123,6 @@ def reference(name: str, problem: Problem, steps: int) -> int:
     return taken
 
 
-def timed(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds; of the process alone where the process does the work."""
-    if device.type != "cuda":
-        begun = time.process_time()
-        run()
-        return time.process_time() - begun
-    torch.cuda.synchronize(device)
-    begun = time.perf_counter()
-    run()
-    torch.cuda.synchronize(device)
-    return time.perf_counter() - begun
-
-
 def lines(ground: Ground, given: argparse.Namespace, torchdeq: bool) -> list[dict[str, Any]]:
     """The table's lines for one problem."""
     device = torch.device(given.device)
@@ -144,7 +130,7 @@ def lines(ground: Ground, given: argparse.Namespace, torchdeq: bool) -> list[dic
     seconds: list[list[float]] = [[] for _ in contenders]
     for repeat in range(given.repeats + 1):
         for way, taken in zip(contenders, seconds, strict=True):
-            elapsed = timed(way.run, device)
+            elapsed, _ = timed(way.run, device)
             if repeat:  # the first warms up
                 taken.append(elapsed / (way.evaluations * ground.batch))
     return [line(ground, way, taken, seconds[0]) for way, taken in zip(

@@ -1,0 +1,28 @@
+"""What the figures of the benchmarks share: a style, and small SVG files with a caption."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+
+def seaborn() -> Any:
+    """The library, without a display, in colors that color-blind readers tell apart."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import seaborn as sns
+
+    # Text stays text, which keeps the file small, and the same data gives the same file.
+    rc = {"svg.fonttype": "none", "svg.hashsalt": "robustdeq"}
+    sns.set_theme(context="paper", style="whitegrid", palette="colorblind", rc=rc)
+    return sns
+
+
+def save(figure: Any, path: Path, caption: str) -> None:
+    """Write a figure with its caption below it."""
+    characters = int(figure.get_figwidth() * 15)
+    text = textwrap.fill(" ".join(caption.split()), characters)
+    figure.text(0.01, -0.01, text, ha="left", va="top", fontsize="small")
+    figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
