@@ -1,0 +1,146 @@
+"""The arithmetic of the benchmarks' tables, on measurements made up here; no attack runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import robustdeq
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "benchmarks"
+pytestmark = pytest.mark.skipif(not SCRIPTS.is_dir(), reason="needs the checkout, not the wheel")
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Scripts import one another by name, and leave nothing behind."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(SCRIPTS)
+    yield
+    for name in set(sys.modules) - before:
+        if (SCRIPTS / f"{name}.py").exists():
+            del sys.modules[name]
+
+
+def line(way: str, seed: int, begin: int, robust: list[int], scale: float = 1.0) -> dict[str, Any]:
+    return {
+        "way": way, "seed": seed, "begin": begin, "robust": robust, "notes": [],
+        "seconds": 10 * scale, "forward": int(600 * scale), "backward": int(200 * scale),
+    }  # fmt: skip
+
+
+@pytest.fixture
+def blocks() -> list[dict[str, Any]]:
+    """Two blocks of three images each; the second block of the reference was measured first."""
+    return [
+        line("reference", 0, 3, [0, 1, 0], 4),
+        line("reference", 0, 0, [1, 1, 0], 4),
+        line("joint", 0, 0, [1, 0, 0]),
+        line("joint", 0, 3, [1, 1, 1]),
+        line("explicit", 0, 0, [1, 0, 0], 0.5),
+        line("explicit", 0, 3, [1, 0, 0], 0.5),
+        line("reference", 1, 0, [1, 1, 0], 2),
+        line("reference", 1, 3, [0, 0, 0], 2),
+    ]
+
+
+def test_verdicts_are_counted_against_the_reference_of_seed_0(blocks: list[dict[str, Any]]) -> None:
+    frame = importlib.import_module("side_by_side").table(blocks, 2).set_index(["way", "seed"])
+    assert frame.loc[("joint", 0), ["images", "robust", "missed", "extra"]].tolist() == [6, 4, 2, 1]
+    assert frame.loc[("reference", 0), ["missed", "extra"]].tolist() == [0, 0]
+    assert frame.loc[("reference", 1), ["robust", "missed", "extra"]].tolist() == [2, 0, 1]
+    # The explicit network is another model: its verdicts agree with nothing.
+    assert frame.loc[("explicit", 0), ["missed", "extra"]].isna().all()
+
+
+def test_ratios_are_the_references_cost_over_the_ways(blocks: list[dict[str, Any]]) -> None:
+    frame = importlib.import_module("side_by_side").table(blocks, 2).set_index(["way", "seed"])
+    assert frame["seconds"].tolist() == [20, 10, 80, 40]
+    assert frame["evaluations"].tolist() == [1600, 800, 6400, 3200]
+    assert frame["time_ratio"].tolist() == [4, 8, 1, 2]
+    assert frame["evaluations_ratio"].tolist() == [4, 8, 1, 2]
+    # Seconds per image that stands: 5 for joint, also 5 for explicit.
+    assert frame["explicit_multiple"].tolist() == pytest.approx([1, 1, 80 / 3 / 5, 40 / 2 / 5])
+
+
+def test_the_figure_compares_joint_and_other_seeds(blocks: list[dict[str, Any]]) -> None:
+    script = importlib.import_module("side_by_side")
+    frame = script.table(blocks, 2)
+    differing = script.disagreements(frame).set_index(["who", "verdict"])["images"]
+    assert differing.to_dict() == {
+        ("joint, seed 0", "missed"): 2, ("joint, seed 0", "extra"): 1,
+        ("reference, seed 1", "missed"): 0, ("reference, seed 1", "extra"): 1,
+    }  # fmt: skip
+    given = argparse.Namespace(data="digits", eps="Linf:3/16", cell="small", images=6, seeds=2)
+    about = script.caption(frame, given)
+    assert "n = 6, of which 3 stand" in about
+
+
+def test_a_ledger_gives_back_what_was_kept(tmp_path: Path) -> None:
+    script = importlib.import_module("side_by_side")
+    ledger = tmp_path / "new" / "ledger.jsonl"
+    assert script.held(ledger) == []
+    lines = [line("joint", 0, 0, [1]), line("reference", 0, 0, [0])]
+    for made in lines:
+        script.keep(made, ledger)
+    assert script.held(ledger) == lines
+
+
+def measured(script: Any, way: str, repeat: int, robust: list[int], cost: float) -> dict[str, Any]:
+    held = {"point": asdict(script.MIDDLE), "repeat": repeat, "units": 96, "steps": 9.5}
+    return line(way, 0, 0, robust, cost) | held
+
+
+def test_scaling_costs_are_per_sample_that_stands_against_both_ways() -> None:
+    script = importlib.import_module("scaling")
+    lines = [
+        measured(script, "joint", 0, [1, 1, 1, 0], 1),
+        measured(script, "reference", 0, [1, 1, 0, 1], 6),
+        measured(script, "joint", 1, [1, 1, 1, 0], 0.5),  # the same, in less time
+        measured(script, "reference", 1, [1, 1, 0, 1], 8),
+    ]
+    frame = script.table(lines, {"stiffness": [script.MIDDLE]}).set_index("way")
+    assert frame["value"].tolist() == [9.5, 9.5]
+    assert frame["robust"].tolist() == [3, 3]
+    assert frame["robust_to_both"].tolist() == [2, 2]
+    assert frame["seconds"].to_dict() == {"joint": 2.5, "reference": 30}
+    assert frame["evaluations"].to_dict() == {"joint": 300, "reference": 1800}
+    assert frame["products"].to_dict() == {"joint": 100, "reference": 600}
+    assert frame["time_ratio"].to_dict() == {"joint": 12, "reference": 1}
+    assert frame["work_ratio"].to_dict() == {"joint": 6, "reference": 1}
+
+
+def test_scaling_has_no_cost_per_sample_where_none_stands() -> None:
+    script = importlib.import_module("scaling")
+    lines = [measured(script, way, 0, [0, 0], 2) for way in script.WAYS]
+    frame = script.table(lines, {"samples": [script.MIDDLE]})
+    assert frame[["seconds", "evaluations", "products"]].isna().all(axis=None)
+    assert frame["time_ratio"].tolist() == [1, 1]
+
+
+def test_scaling_measures_each_point_once_though_axes_share_it() -> None:
+    script = importlib.import_module("scaling")
+    middle, other = script.MIDDLE, replace(script.MIDDLE, gain=1.6)
+    jobs = list(script.jobs({"samples": [middle], "stiffness": [middle, other]}, 2))
+    assert len(jobs) == len(set(jobs)) == 8
+    assert [way for _, way, _ in jobs] == ["joint", "reference"] * 4
+
+
+def test_a_larger_state_is_the_same_function() -> None:
+    script = importlib.import_module("scaling")
+    x = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    model = robustdeq.load_model("Madry2018Towards_deq", "digits")
+    large = script.enlarged(model, 3)
+    with torch.no_grad():
+        small, wide = script.described(model, x), script.described(large, x)
+        torch.testing.assert_close(large(x), model(x), atol=1e-4, rtol=1e-4)
+    assert (small["units"], wide["units"]) == (96, 288)
+    assert wide["steps"] == pytest.approx(small["steps"], abs=0.5)
