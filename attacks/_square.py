@@ -72,7 +72,7 @@ class Proposals(ABC):
     def _side(self, query: int) -> int:
         """Of the window of a query, in pixels."""
         height, width = self.x.shape[2:]
-        side = round(math.sqrt(self.reference.p_selection(query) * height * width))
+        side: int = round(math.sqrt(self.reference.p_selection(query) * height * width))
         return min(max(side, self.fewest), height, width)
 
     def _corners(self, share: Tensor, length: int) -> Counts:
@@ -124,7 +124,8 @@ class L2Proposals(Proposals):
 
     def _side(self, query: int) -> int:
         side = super()._side(query)
-        return min(side + 1 - side % 2, *self.x.shape[2:])
+        height, width = self.x.shape[2:]
+        return min(side + 1 - side % 2, height, width)
 
     def _begun(self) -> Images:
         n, channels, height, width = self.x.shape
@@ -191,9 +192,10 @@ class L2Proposals(Proposals):
         """The reference's two pyramids of opposite sign, of length 1."""
         half = side // 2
         upper = self.reference.eta_rectangles(half, side) if half else self.x.new_zeros(0, side)
-        whole = torch.cat([upper, -self.reference.eta_rectangles(side - half, side)]).to(self.x)
-        whole = whole / whole.norm()
-        return whole.t() if turned else whole
+        lower: Tensor = -self.reference.eta_rectangles(side - half, side)
+        whole = torch.cat([upper, lower]).to(self.x)
+        unit: Tensor = whole / torch.linalg.vector_norm(whole)
+        return unit.t() if turned else unit
 
 
 def _signs(uniform: Tensor) -> Tensor:

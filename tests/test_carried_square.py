@@ -124,7 +124,8 @@ def test_an_estimate_is_of_second_order() -> None:
         look = lockstep.look(x, state, lambda logits: -margin(logits, y))
         state = look.state
     direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).double()
-    errors, plain = [], []
+    errors: list[float] = []
+    plain: list[float] = []
     for size in (1e-3, 5e-4):
         moved = x + size * direction
         injection = lockstep.injection(moved, state)

@@ -27,7 +27,9 @@ def channels_last(model: EquilibriumClassifier, x: Images) -> EquilibriumClassif
     if not any(isinstance(part, nn.Conv2d) for part in model.modules()):
         return model
     try:
-        twin = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        twin = copy.deepcopy(model)
+        # mypy: the overload is missing from the stubs of `Module.to`.
+        twin.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         alike = _alike(model, twin, x[:_SAMPLES])
     except Exception:  # whatever a stranger's model makes of being copied
         return model
