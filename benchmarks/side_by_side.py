@@ -11,8 +11,9 @@ tolerances; `explicit`, pyautoattack over the explicit network of the same parts
 model that does not iterate. Process time, evaluations of the cell and vector-Jacobian products,
 and the verdict on each image by the deployed predictor. The reference under other seeds says how
 much of a disagreement is chance. A block that is done is not run again; the same command goes on.
-Writes results/side_by_side-*.csv and, under the same name, a figure. The wide cell is the small
-one's function at eight times the work: inner channels repeated, weights divided.
+Writes results/side_by_side-*.csv and, under the same name, a figure; whole runs are summed up in
+results/side_by_side.csv and docs/joint_engine.md. The wide cell is the small one's function at
+eight times the work: inner channels repeated, weights divided.
 """
 
 from __future__ import annotations
@@ -41,9 +42,10 @@ from robustdeq.threats import Threat, Violation
 
 Result = TypeVar("Result")
 RESULTS = Path(__file__).resolve().parent / "results"
-ROW, TWIN = "Madry2018Towards_deq", "Madry2018Towards_feedforward"
+PAGE = RESULTS.parent.parent / "docs" / "joint_engine.md"
+ROW = "Madry2018Towards_deq"
 EPS = {"mnist": "Linf:0.31", "digits": "Linf:3/16"}
-"""Where 40 to 80 % of the row's images stand."""
+"""Where 40 to 80 % of that row's images stand."""
 WIDTHS = {"small": 1, "wide": 8}
 
 
@@ -78,10 +80,10 @@ def widened(model: Any, factor: int) -> Any:
     return model
 
 
-def ways(data: str, cell: str) -> dict[str, tuple[nn.Module, AutoAttack]]:
+def ways(data: str, cell: str, row: str = ROW) -> dict[str, tuple[nn.Module, AutoAttack]]:
     """The three models with what attacks them."""
-    model = widened(robustdeq.load_model(ROW, data), WIDTHS[cell])
-    twin = widened(robustdeq.load_model(TWIN, data), WIDTHS[cell])
+    model = widened(robustdeq.load_model(row, data), WIDTHS[cell])
+    twin = widened(robustdeq.load_model(row.replace("_deq", "_feedforward"), data), WIDTHS[cell])
     reference = AutoAttack()
     return {
         "joint": (model, AutoAttack(engine="joint")),
@@ -149,7 +151,7 @@ def run(given: argparse.Namespace, ledger: Path) -> list[dict[str, Any]]:
     threat = Threat.parse(given.eps)
     part = load_slice(given.data, "test", given.images)
     x, y = torch.from_numpy(part.images).float() / 255, torch.from_numpy(part.labels)
-    models = ways(given.data, given.cell)
+    models = ways(given.data, given.cell, given.row)
     lines = held(ledger)
     done = {(line["way"], line["seed"], line["begin"]) for line in lines}
     for way, seed, begin in blocks(given):
@@ -254,6 +256,62 @@ def caption(frame: pd.DataFrame, given: argparse.Namespace) -> str:
     )
 
 
+def noted(frame: pd.DataFrame, given: argparse.Namespace) -> None:
+    """Put a run into results/side_by_side.csv, and that into the page."""
+    path = RESULTS / "side_by_side.csv"
+    own = summary(frame)
+    own = {"data": given.data, "row": given.row, "threat": given.eps, "cell": given.cell} | own
+    held = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=list(own))
+    keys = list(own)[:4]
+    others = held[(held[keys] != [own[key] for key in keys]).any(axis=1)]
+    whole = pd.concat([others, pd.DataFrame([own])]).sort_values(keys)
+    whole.to_csv(path, index=False, float_format="%.4g")
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), pd.read_csv(path)), encoding="utf-8")
+
+
+def summary(frame: pd.DataFrame) -> dict[str, Any]:
+    """One line of a run: the joint engine against the reference, and what re-seeds differ by."""
+    joint, explicit = (frame[frame["way"] == way].iloc[0] for way in ("joint", "explicit"))
+    reference = frame[frame["way"] == "reference"].sort_values("seed")
+    reseeds = reference[reference["seed"] > 0]
+    return {
+        "images": int(joint["images"]),
+        "reference_robust": int(reference.iloc[0]["robust"]),
+        "joint_robust": int(joint["robust"]),
+        "missed": int(joint["missed"]), "extra": int(joint["extra"]),
+        "reseeds": len(reseeds),
+        "reseeds_missed": int(reseeds["missed"].max()) if len(reseeds) else 0,
+        "reseeds_extra": int(reseeds["extra"].max()) if len(reseeds) else 0,
+        "time_ratio": joint["time_ratio"], "evaluations_ratio": joint["evaluations_ratio"],
+        "explicit_time_ratio": explicit["time_ratio"],
+        "explicit_multiple": joint["explicit_multiple"],
+    }  # fmt: skip
+
+
+def filled(text: str, frame: pd.DataFrame) -> str:
+    """The page with the runs' table between its marks."""
+    before, rest = text.split("<!-- side_by_side -->\n")
+    after = rest.split("<!-- end -->")[1]
+    head = [
+        "Row", "Threat", "Cell", "n", "Robust: reference, joint", "Missed, extra",
+        "The same of re-seeds, at most", "Time", "Evaluations + products",
+        "Explicit network's time", "Joint / explicit",
+    ]  # fmt: skip
+    lines = [head, ["---"] * len(head), *(_cells(run) for _, run in frame.iterrows())]
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"{before}<!-- side_by_side -->\n{table}<!-- end -->{after}"
+
+
+def _cells(run: Any) -> list[str]:
+    return [
+        f"`{run['row']}`, {run['data']}", str(run["threat"]), str(run["cell"]), str(run["images"]),
+        f"{run['reference_robust']}, {run['joint_robust']}", f"{run['missed']}, {run['extra']}",
+        f"{run['reseeds_missed']}, {run['reseeds_extra']} ({run['reseeds']})",
+        f"{run['time_ratio']:.1f}", f"{run['evaluations_ratio']:.1f}",
+        f"{run['explicit_time_ratio']:.1f}", f"{run['explicit_multiple']:.2f}",
+    ]  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -261,6 +319,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="16 images, one seed: indicative")
     parser.add_argument("--data", choices=sorted(EPS), default="mnist")
     parser.add_argument("--cell", choices=sorted(WIDTHS), default="small")
+    parser.add_argument("--row", default=ROW, help="an equilibrium row with an explicit twin")
     parser.add_argument("--eps", help="as in Linf:0.31")
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--block", type=int, default=50, help="images of one block")
@@ -276,12 +335,14 @@ def main() -> None:
     torch.set_num_threads(1)
     given.eps = given.eps or EPS[given.data]
     radius = given.eps.replace(":", "").replace("/", "over")
-    name = f"side_by_side-{given.data}-{radius}-{given.cell}-{given.images}"
+    name = f"side_by_side-{given.data}-{given.row}-{radius}-{given.cell}-{given.images}"
     lines = run(given, given.results / f"{name}.jsonl")
     if given.reseeds:
         return
     frame = table(lines, given.seeds)
     frame.to_csv(given.results / f"{name}.csv", index=False, float_format="%.4g")
+    if not given.quick and given.results == RESULTS:
+        noted(frame, given)
     draw(frame, given.results / f"{name}.svg", caption(frame, given))
     print(f"\n{name}{' (indicative)' if given.quick else ''}")
     print(frame.to_string(index=False, float_format="%.3g"))

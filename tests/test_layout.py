@@ -140,12 +140,14 @@ def test_the_tables_in_docs_are_those_of_the_records() -> None:
         ("claims", "claims", ("lyadeq", "neural_dynamics")),
         ("gradient_cosines", "gradient_cosines", ("gradients",)),
         ("peers", "peers-digits", ("peers",)),
+        ("side_by_side", "side_by_side", ("joint_engine",)),
         ("training", "training", ("training",)),
     ],
 )
 def test_the_tables_in_docs_are_those_of_the_benchmarks(
-    script: str, results: str, pages: tuple[str, ...]
+    script: str, results: str, pages: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     filled = runpy.run_path(str(ROOT / "benchmarks" / f"{script}.py"))["filled"]
     frame = pd.read_csv(ROOT / "benchmarks" / "results" / f"{results}.csv")
     for page in pages:
