@@ -15,7 +15,7 @@ from robustdeq.attacks._ledger import ROWS, Ledger, Watch, shows_deployed
 from robustdeq.attacks._losses import GoalLoss
 from torch import Tensor
 
-from robustdeq.equilibrium import EquilibriumClassifier, Unrolled
+from robustdeq.equilibrium import EquilibriumClassifier, Unrolled, finite
 from robustdeq.errors import UsageError
 from robustdeq.shapes import Counts, Images, Labels, Logits, PerSample
 from robustdeq.targets import Output, Target
@@ -91,7 +91,7 @@ class LogitLoss:
         """See `Objective`."""
         output = self._seen(x, states if self.warm else ())
         losses = self.loss(output.logits, self.y[samples], goals)
-        states = tuple(_finite(solve.z.detach()) for solve in output.solves) if self.warm else ()
+        states = tuple(finite(solve.z.detach()) for solve in output.solves) if self.warm else ()
         return Reading(losses, output.logits, states)
 
     def _seen(self, x: Images, states: States) -> Output:
@@ -210,7 +210,7 @@ def ascend(
         watch.see(step, last, current, logits)
         if last:
             return
-        open_rows = (~ledger.settled[lanes.samples]).nonzero().squeeze(1)
+        open_rows = ledger.unsettled(lanes.samples)
         if stop and not ledger.randomized and len(open_rows) < len(current):
             if not len(open_rows):
                 return
@@ -250,20 +250,15 @@ def _part(
         reading = objective(x, lanes.samples, lanes.goals, states)
     gradient = torch.zeros_like(x)
     if reading.gradient is not None:
-        gradient = _scaled(_finite(reading.gradient))
+        gradient = _scaled(finite(reading.gradient))
     elif reading.losses.requires_grad:
         (gradient,) = torch.autograd.grad(
             reading.losses.sum(), x, allow_unused=True, materialize_grads=True
         )
         # One NaN would turn the whole example into NaN.
-        gradient = _scaled(_finite(gradient))
+        gradient = _scaled(finite(gradient))
     losses = torch.nan_to_num(reading.losses.detach(), nan=-torch.inf)
     return Point(x.detach(), losses, gradient, reading.states), reading.logits.detach()
-
-
-def _finite(values: Tensor) -> Tensor:
-    """0 where a value is not finite."""
-    return torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _scaled(gradient: Images) -> Images:

@@ -8,7 +8,7 @@ from robustdeq.attacks._ledger import Ledger
 from robustdeq.attacks._losses import targeted_margin
 from torch import Tensor
 
-from robustdeq.equilibrium import JointState, Lockstep
+from robustdeq.equilibrium import JointState, Lockstep, finite
 from robustdeq.shapes import Counts, Images, Labels, Logits, PerSample
 from robustdeq.threats import Norm, Threat
 
@@ -83,8 +83,8 @@ class CarriedFAB:
 
         look = self.lockstep.look(self.current, self.state, gap)
         self.state = look.state
-        gaps, gradient = look.losses.nan_to_num(0.0), look.gradient.nan_to_num(0.0, 0.0, 0.0)
-        return gaps.to(self.current), gradient.to(self.current)
+        gaps = look.losses.nan_to_num(0.0)
+        return gaps.to(self.current), finite(look.gradient).to(self.current)
 
     def _seems_wrong(self) -> Tensor:
         glance = self.lockstep.glance(self.current, self.state)
@@ -100,7 +100,7 @@ class CarriedFAB:
         return moves.abs().amax(1) if self.threat.norm is Norm.LINF else moves.norm(dim=1)
 
     def _drop_settled(self) -> None:
-        rows = (~self.ledger.settled[self.samples]).nonzero().squeeze(1)
+        rows = self.ledger.unsettled(self.samples)
         if len(rows) == len(self.samples):
             return
         self.samples, self.goals = self.samples[rows], self.goals[rows]

@@ -81,7 +81,7 @@ class CarriedSquare:
             due = ((self.due <= self.asked) & (self.best > 0)).nonzero().squeeze(1)
             if len(due) >= max(_TOGETHER, len(rows) // 4):
                 self._look(due, 1)
-        left = (~self.ledger.settled[self.samples]).nonzero().squeeze(1)
+        left = self.ledger.unsettled(self.samples)
         self.ledger.offer(self.samples[left], self.x[left])
 
     def _live(self) -> Counts:

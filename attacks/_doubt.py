@@ -18,7 +18,7 @@ _FLOOR = 0.02
 """Relative residual below which the error falls only linearly: the adjoint is of another point."""
 _SHARE = 0.9
 _MARGIN = 2.0
-"""Twice what holds for nine in ten gives up one candidate in a thousand of those that would win."""
+"""An estimate is reckoned to be off by at most twice what nine in ten are."""
 
 
 class Estimate(NamedTuple):

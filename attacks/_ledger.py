@@ -51,6 +51,14 @@ class Ledger:
         """The samples whose search has not ended, in order."""
         return (~self.settled).nonzero().squeeze(1)
 
+    def unsettled(self, samples: Counts) -> Counts:
+        """The rows, in order, whose sample's search has not ended.
+
+        Args:
+            samples: the sample of each row.
+        """
+        return (~self.settled[samples]).nonzero().squeeze(1)
+
     def likeliest(self, count: int) -> Tensor:
         """(batch, count): the likeliest wrong classes of the clean inputs, the first one first."""
         others = self.clean.scatter(1, self.y[:, None], -torch.inf)

@@ -122,7 +122,7 @@ class Screen:
         drawn = self.drawn.setdefault(name, rows)
         if among is not None:
             # In the order of the samples, as the starts are drawn.
-            rows = among[~self.ledger.settled[among]].sort().values
+            rows = among[self.ledger.unsettled(among)].sort().values
         if not len(rows):
             return
         samples, classes = side_by_side(goals, rows)

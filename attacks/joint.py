@@ -138,7 +138,7 @@ class Joint:
         threat: Threat,
         loss: str,
     ) -> None:
-        lanes = lanes.take((~ledger.settled[lanes.samples]).nonzero().squeeze(1))
+        lanes = lanes.take(ledger.unsettled(lanes.samples))
         if not len(lanes.samples):
             return
         rule = Steepest(x[lanes.samples], threat, shrinking(_REACH * threat.eps, self.polish))

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import platform
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -36,7 +35,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from _figures import save, seaborn
+from _figures import machine, save, seaborn
 from robustdeq.attacks.autoattack import AutoAttack
 from side_by_side import RESULTS, ROW, held, keep, measured
 from torch import Tensor, nn
@@ -232,16 +231,10 @@ def trim(axes: Any, own: pd.DataFrame, ratio: str, axis: str) -> None:
 
 def header(given: argparse.Namespace) -> str:
     """What the figures were measured on."""
-    device = given.device
-    if torch.device(device).type == "cuda":
-        device = torch.cuda.get_device_name(device)
-    return (
-        f"{device} ({platform.machine()}), {torch.get_num_threads()} thread, "
-        f"torch {torch.__version__}, least of {given.repeats} repeats"
-    )
+    return f"{machine(given.device)}, least of {given.repeats} repeats"
 
 
-def caption(frame: pd.DataFrame, machine: str) -> str:
+def caption(frame: pd.DataFrame, measured_on: str) -> str:
     """What a reader of the figure must know."""
     robust = frame["robust_to_both"]
     stiffness = frame[frame["axis"] == "stiffness"]
@@ -252,7 +245,7 @@ def caption(frame: pd.DataFrame, machine: str) -> str:
         f"against both ways. Epsilon is {MIDDLE.epsilon:.4g} and the gain {MIDDLE.gain} except "
         "along their own axes. Numbers: the reference's cost over the joint engine's. Steps of a "
         "solve: the mean of plain iteration to 1e-6 at clean images, with the gain raised from "
-        f"point to point ({gains}). {machine}."
+        f"point to point ({gains}). {measured_on}."
     )
 
 
@@ -273,12 +266,12 @@ def main() -> None:
     device = torch.device(given.device).type
     name = "scaling" + ("" if device == "cpu" else f"-{device}") + ("-quick" if given.quick else "")
     frame = table(run(given, given.results / f"{name}.jsonl"), given.axes)
-    machine = header(given)
-    frame.assign(machine=machine).to_csv(
+    measured_on = header(given)
+    frame.assign(machine=measured_on).to_csv(
         given.results / f"{name}.csv", index=False, float_format="%.4g"
     )
-    draw(frame, given.results / f"{name}.svg", caption(frame, machine))
-    print(f"\n{name}: {machine}{' (indicative)' if given.quick else ''}")
+    draw(frame, given.results / f"{name}.svg", caption(frame, measured_on))
+    print(f"\n{name}: {measured_on}{' (indicative)' if given.quick else ''}")
     print(frame.to_string(index=False, float_format="%.3g"))
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import platform
 import statistics
 import warnings
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from _figures import machine
 from side_by_side import ROW, WIDTHS, timed, widened
 from torch import Tensor
 
@@ -189,13 +189,7 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
 
 def header(given: argparse.Namespace) -> str:
     """What the figures were measured on."""
-    device = given.device
-    if torch.device(device).type == "cuda":
-        device = torch.cuda.get_device_name(device)
-    return (
-        f"{device} ({platform.machine()}), {torch.get_num_threads()} thread, "
-        f"torch {torch.__version__}, {given.steps} steps, {given.repeats} repeats"
-    )
+    return f"{machine(given.device)}, {given.steps} steps, {given.repeats} repeats"
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from robustdeq.equilibrium.solution import (
     Injection,
     Problem,
     Solve,
+    finite,
     relative_residual,
     take_rows,
 )
@@ -36,6 +37,6 @@ __all__ = [
     "EquilibriumClassifier", "FixedPoint", "Glance", "Honest", "Implicit", "Injection",
     "Intermediate", "JointAscent", "JointState", "JointStep", "Lockstep", "Look", "Meter",
     "Method", "OneStep", "Phantom", "Problem", "SimultaneousAdjoint", "Solve", "SolveGradient",
-    "Solver", "Unrolled", "Value", "channels_last", "metered", "parameter_dtype",
+    "Solver", "Unrolled", "Value", "channels_last", "finite", "metered", "parameter_dtype",
     "relative_residual", "splice", "take_rows",
 ]  # fmt: skip

@@ -18,7 +18,7 @@ from torch import Tensor
 from robustdeq.equilibrium.iteration import Solver
 from robustdeq.equilibrium.joint import Dynamics, JointState
 from robustdeq.equilibrium.model import parameter_dtype
-from robustdeq.equilibrium.solution import Injection, relative_residual
+from robustdeq.equilibrium.solution import Injection, finite, relative_residual
 from robustdeq.shapes import Images, Logits, PerSample
 
 Loss = Callable[[Logits], PerSample]
@@ -74,7 +74,7 @@ class Lockstep:
         model = self.dynamics.model
         solve = model.drive(solver=solver)
         z = solve(model.cell, model.embed(x.to(parameter_dtype(model) or x.dtype))).z.detach()
-        return JointState(_finite(z), torch.zeros_like(z))
+        return JointState(finite(z), torch.zeros_like(z))
 
     def look(self, x: Images, state: JointState, loss: Loss) -> Look:
         """One look at `x`.
@@ -102,8 +102,8 @@ class Lockstep:
                 image, (z, x), carried, allow_unused=True, materialize_grads=True
             )
         following = JointState(
-            _finite(self._damped(z, image, self.dynamics.damping).detach()),
-            _finite(self._damped(state.adjoint, adjoint, self.dynamics.adjoint_damping).detach()),
+            finite(self._damped(z, image, self.dynamics.damping).detach()),
+            finite(self._damped(state.adjoint, adjoint, self.dynamics.adjoint_damping).detach()),
         )
         residual = relative_residual(image.detach(), z.detach())
         gradient = (gradient * size.view(-1, *[1] * (x.dim() - 1))).to(x)
@@ -127,18 +127,13 @@ class Lockstep:
         for _ in range(updates):
             z = self._damped(z, image, self.dynamics.damping)
             image = model.cell(z, injection, 0)
-        moved = _finite(self._damped(z, image, self.dynamics.damping))
+        moved = finite(self._damped(z, image, self.dynamics.damping))
         residual = relative_residual(image, z)
         return Glance(JointState(moved, state.adjoint), model.readout(image), residual)
 
     @staticmethod
     def _damped(before: Tensor, after: Tensor, damping: float) -> Tensor:
         return after if damping == 1.0 else before + damping * (after - before)
-
-
-def _finite(values: Tensor) -> Tensor:
-    """0 where a value is not finite."""
-    return torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _lengths(slope: Tensor) -> Tensor:

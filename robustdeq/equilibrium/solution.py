@@ -89,3 +89,8 @@ def residual_of(gap: PerSample, norm: PerSample) -> PerSample:
     """Gap / norm, 0 where both are 0 and infinite where that is not a number."""
     residual = gap / norm.clamp_min(torch.finfo(norm.dtype).tiny)
     return torch.nan_to_num(residual, nan=torch.inf, posinf=torch.inf)
+
+
+def finite(values: Tensor) -> Tensor:
+    """0 where a value is not finite."""
+    return torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
