@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from robustdeq.comparison import compare
-from robustdeq.report import read_run
+from robustdeq.reporting.run import read_run
 from robustdeq.statistics import paired
 from robustdeq.verdict import Verdict
 
@@ -122,7 +122,7 @@ def filled(page: str, frame: pd.DataFrame) -> str:
 
 
 def main() -> None:
-    verdicts = [v for folder in sys.argv[1:] for v in read_run(Path(folder))[1]]
+    verdicts = [v for folder in sys.argv[1:] for v in read_run(Path(folder)).verdicts]
     if verdicts:
         lines = [found for claim in CLAIMS if (found := line(claim, verdicts))]
         RESULTS.parent.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,7 @@ from robustdeq.equilibrium import EquilibriumClassifier
 from robustdeq.evaluation.chain import Subject
 from robustdeq.evaluation.judge import Judge
 from robustdeq.evaluation.subject import build_subject, chunk_of, weights_source
-from robustdeq.report import read_run
+from robustdeq.reporting.run import read_run
 from robustdeq.suite import Case, expand, find_suite
 from robustdeq.targets import Target
 from robustdeq.threats import Threat, Violation
@@ -89,7 +89,7 @@ PEERS: dict[str, Peer] = {
 
 def rows(suite_name: str, folder: Path, only: str) -> Iterable[tuple[Case, Verdict]]:
     """The run's ranked rows with their cases."""
-    _, verdicts = read_run(folder)
+    verdicts = read_run(folder).verdicts
     by_row = {(v.id, v.dataset, v.threat): v for v in verdicts if v.robust_acc is not None}
     for case in expand(find_suite(suite_name)):
         verdict = by_row.get((case.entry.id, case.dataset.name, str(case.threat)))

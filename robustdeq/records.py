@@ -1,10 +1,10 @@
 """Records: what a run leaves behind, one Parquet file per stage of a chunk. Knows no torch.
 
-Four kinds. `clean`: the deployed predictor on the clean inputs. `attack`: the same inputs after
+Five kinds. `clean`: the deployed predictor on the clean inputs. `attack`: the same inputs after
 one attack through one gradient. `checks`: measurements of the honesty checks. `curves`: sanity
-curves. The first two hold a row per sample of the chunk, the others a row per check and per point;
-what holds for the whole file is JSON in the Parquet metadata. Resume, tables and reports derive
-from these files alone.
+curves. `traces`: the residual along the solver's steps. The first two hold a row per sample of
+the chunk, the others a row per check, per point and per step; what holds for the whole file is
+JSON in the Parquet metadata. Resume, tables and reports derive from these files alone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from robustdeq.files import make_folder, write_atomically
 from robustdeq.keys import canonical_json, digest
 
 FORMAT = 1
-Kind = Literal["clean", "attack", "checks", "curves"]
+Kind = Literal["clean", "attack", "checks", "curves", "traces"]
 
 SAMPLE_SCHEMA = pa.schema(
     [
@@ -72,7 +72,18 @@ CURVE_SCHEMA = pa.schema(
         ("n", pa.int64()),
     ]
 )
-_SCHEMAS = {"checks": CHECK_SCHEMA, "curves": CURVE_SCHEMA}
+TRACE_SCHEMA = pa.schema(
+    [
+        ("point", pa.string()),  # clean or adversarial
+        ("solve", pa.int64()),  # of the forward pass, from 0
+        ("step", pa.int64()),  # evaluations of the cell, from 1
+        ("low", pa.float64()),  # 10 % quantile of the relative residual over samples
+        ("median", pa.float64()),
+        ("high", pa.float64()),  # 90 % quantile
+        ("n", pa.int64()),
+    ]
+)
+_SCHEMAS = {"checks": CHECK_SCHEMA, "curves": CURVE_SCHEMA, "traces": TRACE_SCHEMA}
 _TIMES = ["seconds"]
 
 
@@ -167,6 +178,11 @@ def check_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
 def curve_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """A frame of `CURVE_SCHEMA`."""
     return _frame({n: [row[n] for row in rows] for n in CURVE_SCHEMA.names}, CURVE_SCHEMA)
+
+
+def trace_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """A frame of `TRACE_SCHEMA`."""
+    return _frame({n: [row[n] for row in rows] for n in TRACE_SCHEMA.names}, TRACE_SCHEMA)
 
 
 def _frame(columns: Mapping[str, Any], schema: pa.Schema) -> pd.DataFrame:

@@ -35,7 +35,7 @@ from robustdeq.evidence.bundle import MANIFEST, read_bundle, sealed
 from robustdeq.evidence.bundling import Parts, write_bundle
 from robustdeq.evidence.verify import verify_bundle
 from robustdeq.keys import file_sha256
-from robustdeq.report import read_run
+from robustdeq.reporting.run import read_run
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def bundle(run: Path) -> Path:
 
 
 def test_the_bundle_holds_the_examples_of_the_records(finished: Path) -> None:
-    verdict = read_run(finished)[1][0]
+    verdict = read_run(finished).verdicts[0]
     x, index = held_examples(finished / "bundle")
     fallen = verdict.samples[verdict.samples["broken_by"].notna()]
     assert index.tolist() == fallen["index"].tolist()
@@ -109,7 +109,7 @@ def test_rows_without_a_robust_accuracy_claim_nothing(run: Path, bundle: Path) -
 def test_records_that_are_gone_and_weights_that_changed_are_named(run: Path) -> None:
     data = json.loads((run / "run.json").read_text())
     verdicts, parts = (
-        read_run(run)[1],
+        read_run(run).verdicts,
         Parts(shapes={"digits": (1, 8, 8)}, weights=(), distributions={}),
     )
     for path in (run / "records").iterdir():

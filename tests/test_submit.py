@@ -37,7 +37,7 @@ from robustdeq.evidence.submissions import added
 from robustdeq.evidence.submit import rescore_stale, submit_examples
 from robustdeq.evidence.verify import verify_bundle
 from robustdeq.keys import canonical
-from robustdeq.report import read_run
+from robustdeq.reporting.run import read_run
 from robustdeq.suite import AttackEntry
 
 
@@ -109,11 +109,11 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 def test_stronger_examples_lower_their_row_alone(run: Path, file: Path) -> None:
-    before, index = read_run(run)[1], load_file(file)["index"].tolist()
+    before, index = read_run(run).verdicts, load_file(file)["index"].tolist()
     assert index
     told = submit_examples(run, "Plain", file, "Ada L.")
     assert told.fallen == tuple(index)
-    after = read_run(run)[1]
+    after = read_run(run).verdicts
     assert after[0].robust_acc == pytest.approx(before[0].robust_acc - len(index) / SAMPLES)
     assert (told.before, told.after) == pytest.approx((before[0].robust_acc, after[0].robust_acc))
     assert after[0].broken_by["submitted:Ada L."] == len(index)
@@ -189,10 +189,10 @@ def test_examples_outlive_an_edit_of_the_defense(run: Path, file: Path) -> None:
     fresh["rows"][0]["case"]["source"] = "edited"
     (run / "run.json").write_text(json.dumps(added(run, fresh)))
     bundle_again(run)
-    higher = read_run(run)[1][0].robust_acc
+    higher = read_run(run).verdicts[0].robust_acc
     told = rescore_stale(run)
     assert told == [f"{PLAIN}: {len(index)} of {len(index)} examples by Ada still break it"]
-    assert read_run(run)[1][0].robust_acc == pytest.approx(higher - len(index) / SAMPLES)
+    assert read_run(run).verdicts[0].robust_acc == pytest.approx(higher - len(index) / SAMPLES)
     assert rescore_stale(run) == []
 
 
@@ -209,13 +209,13 @@ def other(run: Path, tmp_path: Path) -> Path:
 
 def test_a_bundles_rows_join_another_table_as_scored_here(other: Path, bundle: Path) -> None:
     equal = ("robust_acc", "clean_acc", "n", "weights_sha256", "track", "status")
-    theirs = {v.id: v for v in read_run(bundle.parent)[1]}
+    theirs = {v.id: v for v in read_run(bundle.parent).verdicts}
     wanted = "^(Plain|Noisy)"
     assert submit_bundle(other, bundle, "Ada", rows=wanted, setting=TRUST) == [
         PLAIN,
         row_of(bundle, "Noisy/../row").title,
     ]
-    mine = {v.id: v for v in read_run(other)[1]}
+    mine = {v.id: v for v in read_run(other).verdicts}
     assert set(mine) == set(theirs)
     for name in ("Plain", "Noisy/../row"):
         assert [getattr(mine[name], a) for a in equal] == [getattr(theirs[name], a) for a in equal]
@@ -238,7 +238,7 @@ def test_examples_for_a_row_that_was_added_are_kept_with_it(
     told = submit_examples(other, "Plain", file, "Bob")
     assert told.fallen
     assert canonical(added(other, fresh)) == json.loads((other / "run.json").read_text())
-    broken_by = read_run(other)[1][1].broken_by
+    broken_by = read_run(other).verdicts[1].broken_by
     assert broken_by["submitted:Bob"] == len(told.fallen)
     assert broken_by["submitted:Ada"] == len(row_of(bundle).broken)
 

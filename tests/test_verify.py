@@ -35,7 +35,7 @@ from robustdeq.evidence.rescoring import Setting, odd_batch, rebuild
 from robustdeq.evidence.verify import verify_bundle
 from robustdeq.keys import file_sha256
 from robustdeq.records import Store
-from robustdeq.report import read_run
+from robustdeq.reporting.run import read_run
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def bundle(run: Path) -> Path:
 def test_an_honest_bundle_holds_on_another_batch_size(finished: Path) -> None:
     report = verify_bundle(finished / "bundle", setting=TRUST)
     assert report.ok, whys(report)
-    _, verdicts = read_run(finished)
+    verdicts = read_run(finished).verdicts
     for verdict, row in zip(verdicts, report.rows, strict=True):
         assert (row.clean_found, row.robust_found) == (verdict.clean_acc, verdict.robust_acc)
         assert row.batch_size == 3  # no divisor of the chunk of 4

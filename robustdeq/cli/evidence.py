@@ -24,11 +24,12 @@ def report(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Print a run's table, computed afresh from its records."""
-    from robustdeq.report import read_run, render
+    from robustdeq.reporting.formats import render
+    from robustdeq.reporting.run import read_run
 
     del debug
-    name, verdicts = read_run(folder)
-    typer.echo(render(name, verdicts, form), nl=False)
+    run = read_run(folder)
+    typer.echo(render(run.name, run.verdicts, form), nl=False)
 
 
 @APP.command()

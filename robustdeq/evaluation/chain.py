@@ -23,7 +23,8 @@ from robustdeq.evaluation.gate import check, is_randomized, run_checks
 from robustdeq.evaluation.judge import Judge, Judgment
 from robustdeq.evaluation.pools import RowPool
 from robustdeq.evaluation.provenance import core_digest, environment
-from robustdeq.evaluation.stages import CHECKS, CLEAN, Stage, curves_stage
+from robustdeq.evaluation.stages import CHECKS, CLEAN, TRACES, Stage, curves_stage
+from robustdeq.evaluation.traces import trace_rows
 from robustdeq.interfaces import Candidates, Scope, option
 from robustdeq.keys import digest
 from robustdeq.randomness import SampleRandom
@@ -36,6 +37,7 @@ from robustdeq.records import (
     check_frame,
     curve_frame,
     sample_frame,
+    trace_frame,
 )
 from robustdeq.shapes import Images, Labels
 from robustdeq.suite import Curves
@@ -150,6 +152,8 @@ class Chain:
                 self._recall(stage)
         if phase == 1 and self.curves is not None:
             yield from self._stage(curves_stage(self.curves))
+        if phase == 1 and self.chunk.number == 0:
+            yield from self._stage(TRACES)
 
     def planned(self, track: str) -> list[Stage]:
         """The attacks that apply to the model."""
@@ -186,7 +190,7 @@ class Chain:
 
     def _consumed(self, stage: Stage) -> tuple[str, ...]:
         """Digests of the records that decide what the stage is given."""
-        if stage.kind != "attack":
+        if stage.kind not in ("attack", "traces"):
             return ()
         wanted = [r for r in self.records if r.meta.kind in ("clean", "attack")]
         if stage.scope is Scope.CHUNK:
@@ -237,6 +241,7 @@ def _computed(chain: Chain, stage: Stage, key: str, consumed: tuple[str, ...]) -
         "checks": _checks,
         "attack": _attack,
         "curves": _curves,
+        "traces": _traces,
     }
     subject = chain.subject
     _reset_peak(subject.device)
@@ -326,6 +331,18 @@ def _curves(chain: Chain, stage: Stage) -> _Result:
         lambda x: judge(x, chunk.y, chunk.indices).correct,
     )
     return _Result(curve_frame(rows))
+
+
+def _traces(chain: Chain, stage: Stage) -> _Result:
+    subject = chain.subject
+    if not isinstance(subject.model, EquilibriumClassifier):
+        return _Result(trace_frame([]))
+    try:
+        rows = trace_rows(subject.model, chain.chunk.x, chain.records, subject.seed)
+    # They decide nothing, so that a row must not fail with them.
+    except Exception as cause:
+        return _Result(trace_frame([]), notes=(sentence(cause),))
+    return _Result(trace_frame(rows))
 
 
 def _attack(chain: Chain, stage: Stage) -> _Result:

@@ -11,7 +11,7 @@ import multiprocessing as mp
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -25,7 +25,7 @@ from robustdeq.evaluation.pools import row_pool
 from robustdeq.evaluation.stages import attack_stages
 from robustdeq.evaluation.subject import Source, build_subject, chunk_of
 from robustdeq.records import Record, Store
-from robustdeq.registry import Kind, registered
+from robustdeq.registry import Kind, plugin_class, registered
 from robustdeq.suite import AttackEntry, Case, Curves
 
 _SAFE_PATH = "PYTHONSAFEPATH"
@@ -66,12 +66,17 @@ class Message:
 
 @dataclass(frozen=True)
 class Plan:
-    """The first thing that a worker sends: which attack stages its chunk will go through."""
+    """The first thing that a worker sends: which attack stages its chunk will go through.
+
+    Attributes:
+        about: what the defense says of itself, as far as it says it: title, authors, claimed, ...
+    """
 
     case: dict[str, object]
     case_key: str
     track: str
     labels: tuple[str, ...]
+    about: dict[str, str]
 
 
 def run_tasks(
@@ -133,6 +138,12 @@ def held_events(task: Task) -> list[Event | Plan] | None:
         return list(_events(replace(task, read_only=True)))
     except RobustDEQError:
         return None
+
+
+def _about(task: Task) -> dict[str, str]:
+    about = plugin_class("defense", task.case.entry.defense).about
+    held = asdict(about) if is_dataclass(about) and not isinstance(about, type) else {}
+    return {key: str(value) for key, value in held.items() if value}
 
 
 class _ReadOnly(Store):
@@ -246,4 +257,4 @@ def _events(task: Task) -> Iterator[Event | Plan]:
             planned = True
             track = chain.records[0].meta.track
             labels = tuple(stage.label for stage in chain.planned(track))
-            yield Plan(subject.case, subject.case_key, track, labels)
+            yield Plan(subject.case, subject.case_key, track, labels, _about(task))

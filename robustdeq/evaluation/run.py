@@ -31,7 +31,9 @@ from robustdeq.files import make_folder, write_atomically
 from robustdeq.keys import digest
 from robustdeq.records import Record, Store
 from robustdeq.registry import registered
-from robustdeq.report import read_run, write_tables
+from robustdeq.reporting.formats import write_tables
+from robustdeq.reporting.images import KEPT, write_images
+from robustdeq.reporting.run import read_run
 from robustdeq.suite import Case, Suite, as_data, attacks_of, expand
 from robustdeq.tables import to_csv
 from robustdeq.verdict import Evidence, Failure, Verdict, curves_table, judge_evidence
@@ -78,6 +80,7 @@ class _Row:
     described: dict[str, Any]
     keys: dict[int, list[str]] = field(default_factory=dict)
     expected: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    about: dict[str, str] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
     open: int = 0
     verdict: Verdict | None = None
@@ -140,6 +143,7 @@ class _Running:
             slices[dataset.name] = load_slice(dataset.name, "test", dataset.samples or None)
         self.slices = slices
         make_folder(folder / "records")
+        write_images(folder, {d.spec.name: d.take(slice(KEPT)) for d in slices.values()})
         self.store = Store(folder / "records")
         self.rows = [self._row(case) for case in expand(suite)]
         self.tick, self.done = tick, 0
@@ -217,8 +221,9 @@ class _Running:
     def _planned(self, task: Task, plan: Plan) -> None:
         row = self.rows[task.row]
         row.described = dict(plan.case)
+        row.about = dict(plan.about)
         row.expected[task.number] = plan.labels
-        self.totals[task.row, task.number] = len(plan.labels) + self.extra + (task.number == 0)
+        self.totals[task.row, task.number] = len(plan.labels) + self.extra + 2 * (task.number == 0)
 
     def _take(self, message: Message) -> None:
         row, event = self.rows[message.task.row], message.event
@@ -256,7 +261,7 @@ class _Running:
 
     def _count_submissions(self) -> None:
         if (self.folder / SUBMISSIONS).exists():
-            self.verdicts = read_run(self.folder)[1]
+            self.verdicts = list(read_run(self.folder).verdicts)
 
     def leave_evidence(self) -> None:
         """The bundle, once all rows are done; submissions are scored anew where sources changed."""
@@ -273,6 +278,11 @@ class _Running:
         write_bundle(self.folder, run, self.verdicts, parts)
         if rescore_stale(self.folder, setting=setting):
             self._count_submissions()
+
+    def _plugin(self, case: Case) -> str:
+        """Which distribution provides a row's defense, with its version."""
+        held = registered("defense")[case.entry.defense]
+        return f"{held.distribution} {held.version}"
 
     def _publish_curves(self) -> None:
         evidences = [row.evidence(self.store.summary) for row in self.rows]
@@ -295,6 +305,8 @@ class _Running:
             "rows": [
                 {
                     "case": row.described,
+                    "about": row.about,
+                    "plugin": self._plugin(row.case),
                     "chunks": row.chunks,
                     "expected": {str(k): list(v) for k, v in sorted(row.expected.items())},
                     "records": {str(k): v for k, v in sorted(row.keys.items())},

@@ -1,4 +1,4 @@
-"""The stages of one chunk: clean, checks, then the attacks in order; each gives one record."""
+"""The stages of one chunk: clean, checks, the attacks in order, traces; each gives one record."""
 
 from __future__ import annotations
 
@@ -58,6 +58,7 @@ class Stage:
 
 CLEAN = Stage("clean", "clean")
 CHECKS = Stage("checks", "checks")
+TRACES = Stage("traces", "traces")
 
 
 def curves_stage(curves: Curves) -> Stage:

@@ -18,7 +18,8 @@ from robustdeq.evidence.bundle import Bundle, read_bundle
 from robustdeq.evidence.bundling import Parts, write_bundle
 from robustdeq.files import write_atomically
 from robustdeq.keys import canonical, canonical_json, digest
-from robustdeq.report import read_run, write_tables
+from robustdeq.reporting.formats import write_tables
+from robustdeq.reporting.run import read_run
 from robustdeq.verdict import Verdict
 
 FORMAT = 1
@@ -126,7 +127,7 @@ def open_run(folder: Path) -> Run:
     path = folder / "run.json"
     if not path.is_file():
         raise UsageError(f"{folder} holds no run.json; name the folder of one suite's run.")
-    _, verdicts = read_run(folder)
+    verdicts = list(read_run(folder).verdicts)
     data = json.loads(path.read_text(encoding="utf-8"))
     return Run(folder, data, verdicts, read_bundle(folder / "bundle"))
 
@@ -142,15 +143,15 @@ def publish(run: Run) -> None:
     """Write what a run leaves, with all additions: `run.json`, the tables, the bundle."""
     folder, data = run.folder, added(run.folder, run.data)
     write_json(folder / "run.json", data)
-    name, verdicts = read_run(folder)
-    write_tables(folder, name, verdicts)
+    report = read_run(folder)
+    write_tables(folder, report.name, report.verdicts)
     told = [row for row in run.bundle.rows if row.status == "ok"]
     parts = Parts(
         shapes={row.case["dataset"]: row.shape for row in told},
         weights=(),
         distributions={row.case["defense"]: row.distribution for row in told},
     )
-    write_bundle(folder, data, verdicts, parts)
+    write_bundle(folder, data, report.verdicts, parts)
 
 
 def _list(row: Row, records: Mapping[str, list[str]]) -> None:

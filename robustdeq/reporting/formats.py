@@ -1,0 +1,42 @@
+"""The tables of a run as text, by the name of a format. Knows no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from robustdeq.errors import unknown
+from robustdeq.files import write_atomically
+from robustdeq.tables import tabulate, to_csv, to_markdown
+from robustdeq.verdict import Verdict
+
+FORMATS = ("md", "csv")
+NOTES = (
+    "Access: white-box, full knowledge of the defense; pixels in [0, 1], normalization inside the "
+    "model. L1, corruptions and certified bounds are not covered.",
+    "Robust (worst case): share of samples that are classified correctly and that no attack "
+    "through any gradient broke, judged by the deployed predictor alone; Wilson interval.",
+    "AutoAttack: the reference library on whole chunks, alone; (joint): the same attacks, losses "
+    "and budgets with states that are carried from step to step, each example confirmed from a "
+    "cold start. n/a: could not be measured, which is never zero and never ranked.",
+    "NFE: evaluations of the cell and vector-Jacobian products through it, over all stages; model "
+    "calls for models that do not iterate.",
+)
+
+
+def render(name: str, verdicts: Sequence[Verdict], form: str) -> str:
+    """The table of a run as text.
+
+    Raises:
+        UsageError: for a format that is not known.
+    """
+    if form not in FORMATS:
+        raise unknown("format", form, FORMATS)
+    table = tabulate(verdicts)
+    return to_csv(table) if form == "csv" else to_markdown(table, f"RobustDEQ: {name}", NOTES)
+
+
+def write_tables(folder: Path, name: str, verdicts: Sequence[Verdict]) -> None:
+    """Write `table.csv` and `table.md`; unchanged verdicts give the same bytes."""
+    for form in FORMATS:
+        write_atomically(folder / f"table.{form}", render(name, verdicts, form).encode())

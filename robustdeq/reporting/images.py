@@ -1,0 +1,56 @@
+"""`images.parquet` of a run: its first clean images, to show beside what broke them. No torch."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from robustdeq.datasets import Slice
+from robustdeq.files import write_atomically
+
+FILE = "images.parquet"
+KEPT = 32
+"""How many images of each data set a run keeps."""
+_SCHEMA = pa.schema(
+    [
+        ("dataset", pa.string()),
+        ("index", pa.int64()),
+        ("shape", pa.list_(pa.int64())),
+        ("pixels", pa.binary()),  # uint8, channels first
+    ]
+)
+
+Images = dict[tuple[str, int], NDArray[np.uint8]]
+"""By data set and index in its split: (channels, height, width)."""
+
+
+def write_images(folder: Path, slices: Mapping[str, Slice]) -> None:
+    """Write the images of some slices, by the names that cases have for their data sets."""
+    rows = [
+        {"dataset": name, "index": int(index), "shape": list(image.shape), "pixels": bytes(image)}
+        for name, held in slices.items()
+        for index, image in zip(held.indices, held.images, strict=True)
+    ]
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), buffer, compression="zstd")
+    write_atomically(folder / FILE, buffer.getvalue())
+
+
+def read_images(folder: Path) -> Images:
+    """The images of a run; none where the file is missing or cannot be read: they prove nothing."""
+    try:
+        rows = pq.read_table(folder / FILE, schema=_SCHEMA).to_pylist()
+        return {
+            (row["dataset"], row["index"]): np.frombuffer(row["pixels"], np.uint8).reshape(
+                row["shape"]
+            )
+            for row in rows
+        }
+    except (OSError, pa.ArrowException, ValueError, TypeError, KeyError):
+        return {}
