@@ -15,7 +15,7 @@ from matplotlib.ticker import PercentFormatter
 from robustdeq.reporting.figures.figure import Figure
 from robustdeq.reporting.figures.rendering import canvas, rendered
 from robustdeq.reporting.figures.section import Row, Section
-from robustdeq.reporting.figures.style import CLEAN, COLORS, EMPTY, HATCH, INK, styled
+from robustdeq.reporting.figures.style import CLEAN, COLORS, EDGE, EMPTY, HATCH, INK, styled
 from robustdeq.reporting.figures.words import counted, percent, plain
 from robustdeq.statistics import spread
 from robustdeq.tables import rankable
@@ -112,7 +112,7 @@ def _drawn(page: Section, found: Sequence[Bar]) -> Figure:
         axes.xaxis.set_major_formatter(PercentFormatter(1))
         axes.grid(visible=False, axis="y")
         _legend(drawing, found)
-        return rendered(drawing, _words(page, found))
+        return rendered(drawing, _words(page, found), page.foot)
 
 
 def _places(found: Sequence[Bar]) -> tuple[list[float], list[tuple[float, str]]]:
@@ -131,7 +131,7 @@ def _places(found: Sequence[Bar]) -> tuple[list[float], list[tuple[float, str]]]
 
 def _bar(axes: Any, place: float, bar: Bar) -> None:
     if bar.share is None:
-        axes.barh(place, 1, 0.75, color=EMPTY, edgecolor="#cfcfcf", hatch=HATCH, linewidth=0)
+        axes.barh(place, 1, 0.75, color=EMPTY, edgecolor=EDGE, hatch=HATCH, linewidth=0)
         axes.text(0.01, place, "n/a", va="center", size=7, bbox={"color": EMPTY, "pad": 1})
         return
     axes.barh(place, bar.share, 0.75, color=COLORS[2] if bar.seeds else CLEAN)

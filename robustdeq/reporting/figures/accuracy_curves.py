@@ -71,9 +71,9 @@ def _by_epsilon(page: Section) -> Figure:
         for axes, rows in zip(held, _of_each(page), strict=True):
             _worst(axes, worst[worst["row"].isin(rows)])
         held[0].xaxis.set_major_locator(MaxNLocator(4))
-        held[0].set_xlim(left=0)
+        held[0].set_xlim(left=-0.03 * max(points["at"].max(), worst["at"].max(), 1e-9))
         _legend(drawing, held)
-        return rendered(drawing, _epsilon_words(page, points, worst))
+        return rendered(drawing, _epsilon_words(page, points, worst), page.foot)
 
 
 def _by_steps(page: Section) -> Figure:
@@ -83,7 +83,7 @@ def _by_steps(page: Section) -> Figure:
         held[0].set_xscale("log")
         held[0].xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
         _legend(drawing, held)
-        return rendered(drawing, _steps_words(page, points))
+        return rendered(drawing, _steps_words(page, points), page.foot)
 
 
 def _panels(page: Section, points: pd.DataFrame, xlabel: str) -> tuple[Any, list[Any]]:

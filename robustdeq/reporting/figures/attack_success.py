@@ -70,7 +70,7 @@ def _drawn(page: Section, counts: pd.DataFrame) -> Figure:
     with styled():
         labels = [row.label() for row in page.rows]
         drawing = grid(shares, texts, labels, [plain(n, 30) for n in names], BROKEN, height=0.34)
-        return rendered(drawing, _words(page, counts, len(common) - len(names)))
+        return rendered(drawing, _words(page, counts, len(common) - len(names)), page.foot)
 
 
 def _text(cells: pd.DataFrame, row: int, name: str) -> str:
@@ -92,7 +92,8 @@ def _words(page: Section, counts: pd.DataFrame, left_out: int) -> Figure:
         f"no attack through that gradient; 0/0: none was left to attack.{more}"
     )
     alt = (
-        f"Heat map of {counted(len(page.rows), 'row')} and {counted(counts['estimator'].nunique(), 'gradient')}. "
+        f"Heat map of {counted(len(page.rows), 'row')} and "
+        f"{counted(counts['estimator'].nunique(), 'gradient')}. "
         f"The highest success is {percent(best['share'])} of {best['attacked']} attacked samples, "
         f"through {plain(best['estimator'], 60)} on {page.rows[best['row']].label(60)}."
     )

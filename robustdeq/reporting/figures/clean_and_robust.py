@@ -58,14 +58,22 @@ def _drawn(page: Section, table: pd.DataFrame) -> Figure:
         axes.set_yticks(range(len(page.rows)), [row.label() for row in page.rows])
         axes.set(xlim=(-0.02, 1.02), ylim=(len(page.rows) - 0.5, -0.5), xlabel="accuracy")
         axes.xaxis.set_major_formatter(PercentFormatter(1))
-        drawing.legend(loc="outside upper right", ncols=3, frameon=False)
-        return rendered(drawing, _words(page, table))
+        handles, names = axes.get_legend_handles_labels()
+        order = sorted(range(len(names)), key=lambda k: list(_LOOK).index(names[k]))
+        drawing.legend(
+            [handles[k] for k in order], [names[k] for k in order], loc="outside upper right",
+            ncols=3, frameon=False,
+        )  # fmt: skip
+        return rendered(drawing, _words(page, table), page.foot)
 
 
 def _dots(axes: Any, own: pd.DataFrame, shift: float, measure: str, look: dict[str, Any]) -> None:
     at, share = own["row"] + shift, own["share"]
     if measure == "AutoAttack":
-        axes.plot(share, at + 0.15, linestyle="none", markersize=8, label=measure, **look)
+        # Behind the worst case, and seen beyond it where the two agree.
+        axes.plot(
+            share, at + 0.15, linestyle="none", markersize=11, zorder=1.5, label=measure, **look
+        )
         return
     reach = [share - own["low"], own["high"] - share]
     axes.errorbar(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pandas as pd
-from matplotlib.ticker import FuncFormatter, PercentFormatter
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from robustdeq.reporting.figures.figure import Figure
 from robustdeq.reporting.figures.rendering import canvas, rendered
@@ -41,19 +42,21 @@ def cost(section: Section) -> list[Figure]:
     if not table[list(_COSTS)].notna().to_numpy().any():
         return []
     with styled():
-        drawing = canvas(7.5, 3.2)
+        drawing = canvas(9.5, 3.4)
         panels = drawing.subplots(1, 2, sharey=True)
         series = _series(section, table)
         for axes, (column, label) in zip(panels, _COSTS.items(), strict=True):
             for look, _, own in series:
                 _dots(axes, own.dropna(subset=[column]), column, look)
             axes.set(xscale="log", xlabel=label, ylim=(-0.03, 1.03), xmargin=0.1)
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
             _spread(axes)
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
+            axes.xaxis.set_minor_formatter(NullFormatter())
         panels[0].set(ylabel="robust accuracy (worst case)")
         panels[0].yaxis.set_major_formatter(PercentFormatter(1))
         _legend(drawing, series)
-        return [rendered(drawing, _words(section, table))]
+        return [rendered(drawing, _words(section, table), section.foot)]
 
 
 def _series(
@@ -62,7 +65,7 @@ def _series(
     """Look, name and rows of each entry of the legend."""
     if len(table) <= NAMED:
         return [
-            (mark(k), section.rows[row].label(30), table[table["row"] == row])
+            (mark(k), section.rows[row].label(), table[table["row"] == row])
             for k, row in enumerate(table["row"])
         ]
     names = sorted(table["defense"].unique())
@@ -72,7 +75,7 @@ def _series(
 def _dots(axes: Any, own: pd.DataFrame, column: str, look: dict[str, Any]) -> None:
     reach = [own["robust"] - own["low"], own["high"] - own["robust"]]
     axes.errorbar(
-        own[column], own["robust"], yerr=reach, linestyle="none", markersize=5, linewidth=0.7,
+        own[column], own["robust"], yerr=reach, linestyle="none", markersize=6, linewidth=0.7,
         markeredgecolor="white", markeredgewidth=0.4, alpha=0.9, **look,
     )  # fmt: skip
 
@@ -86,8 +89,6 @@ def _spread(axes: Any) -> None:
 
 
 def _legend(drawing: Any, series: list[tuple[dict[str, Any], str, pd.DataFrame]]) -> None:
-    from matplotlib.lines import Line2D
-
     handles = [Line2D([], [], linestyle="none", markersize=5, **look) for look, _, _ in series]
     # A name that begins with an underscore would be left out.
     names = [f" {name}" if name.startswith("_") else name for _, name, _ in series]
@@ -97,14 +98,11 @@ def _legend(drawing: Any, series: list[tuple[dict[str, Any], str, pd.DataFrame]]
 def _words(section: Section, table: pd.DataFrame) -> Figure:
     lacking = len(section.rows) - len(table)
     more = f" {counted(lacking, 'row')} without robust accuracy left out." if lacking else ""
-    spans = [
-        f"{short(float(f'{table[name].min():.3g}'))} to {short(float(f'{table[name].max():.3g}'))} {label}"
-        for name, label in _COSTS.items()
-        if table[name].notna().any()
-    ]
+    held = [(table[name], label) for name, label in _COSTS.items() if table[name].notna().any()]
+    spans = [f"{_digits(c.min())} to {_digits(c.max())} {label}" for c, label in held]
     alt = (
-        f"Scatter plot of {counted(len(table), 'row')}: {' and '.join(spans)}, at robust accuracies "
-        f"from {percent(table['robust'].min())} to {percent(table['robust'].max())}."
+        f"Scatter plot of {counted(len(table), 'row')}: {' and '.join(spans)}, at robust "
+        f"accuracies from {percent(table['robust'].min())} to {percent(table['robust'].max())}."
     )
     caption = (
         "Robust accuracy with Wilson's 95 % interval against what the whole evaluation of a row "
@@ -120,3 +118,7 @@ def _words(section: Section, table: pd.DataFrame) -> Figure:
         svg="",
         png=b"",
     )
+
+
+def _digits(value: float) -> str:
+    return short(float(f"{value:.3g}"))

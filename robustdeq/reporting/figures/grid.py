@@ -11,7 +11,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.patches import Rectangle
 
 from robustdeq.reporting.figures.rendering import canvas
-from robustdeq.reporting.figures.style import EMPTY, HATCH, INK
+from robustdeq.reporting.figures.style import EDGE, EMPTY, HATCH, INK
 
 _CELL, _LABELS, _HEAD = 0.5, 2.6, 1.5
 
@@ -36,10 +36,11 @@ def grid(
     drawing = canvas(_LABELS + _CELL * len(columns), _HEAD + height * len(rows))
     axes = drawing.subplots()
     shares = shares.reset_index(drop=True)
+    # Colors end at two thirds, so that dark numbers can be read on all of them.
     sns.heatmap(
-        shares.astype(float), annot=texts.to_numpy(), fmt="", mask=shares.isna(), vmin=0, vmax=1,
+        shares.astype(float), annot=texts.to_numpy(), fmt="", mask=shares.isna(), vmin=0, vmax=1.5,
         cmap=sns.light_palette(color, as_cmap=True), cbar=False, linewidths=0.8, ax=axes,
-        annot_kws={"size": 6.5}, xticklabels=False, yticklabels=False,
+        annot_kws={"size": 6.5, "color": INK}, xticklabels=False, yticklabels=False,
     )  # fmt: skip
     for row, column in zip(*shares.isna().to_numpy().nonzero(), strict=True):
         _empty(axes, int(row), int(column), str(texts.iloc[row, column]))
@@ -52,9 +53,7 @@ def grid(
 
 
 def _empty(axes: Any, row: int, column: int, text: str) -> None:
-    cell = Rectangle(
-        (column, row), 1, 1, facecolor=EMPTY, edgecolor="#cfcfcf", hatch=HATCH, linewidth=0
-    )
+    cell = Rectangle((column, row), 1, 1, facecolor=EMPTY, edgecolor=EDGE, hatch=HATCH, linewidth=0)
     axes.add_patch(cell)
     where = {"boxstyle": "square,pad=0.1", "facecolor": EMPTY, "edgecolor": "none"}
     axes.text(

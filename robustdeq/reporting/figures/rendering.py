@@ -11,6 +11,8 @@ from xml.dom import minidom
 from matplotlib.figure import Figure as Canvas
 
 from robustdeq.reporting.figures.figure import Figure
+from robustdeq.reporting.figures.style import INK
+from robustdeq.reporting.figures.words import plain
 
 DPI = 150
 
@@ -20,8 +22,18 @@ def canvas(width: float, height: float) -> Canvas:
     return Canvas(figsize=(width, height), layout="constrained")
 
 
-def rendered(drawing: Canvas, words: Figure) -> Figure:
-    """The figure with its bytes. To be called in the style that the drawing was made in."""
+def rendered(drawing: Canvas, words: Figure, foot: str = "") -> Figure:
+    """The figure with its bytes. To be called in the style that the drawing was made in.
+
+    Args:
+        drawing: is finished by this.
+        words: the figure without bytes.
+        foot: what it says below itself of where it holds, for a file may stand alone.
+    """
+    drawing.draw_without_rendering()
+    # Once is enough, and what is added below must not move the axes.
+    drawing.set_layout_engine("none")
+    drawing.text(1, -0.01, plain(foot, 100), ha="right", va="top", size=6.5, color=INK)
     svg = _saved(drawing, format="svg", metadata={"Date": None}).decode()
     png = _saved(drawing, format="png", dpi=DPI, metadata={"Software": None})
     return replace(words, svg=_alone(svg, words), png=png)

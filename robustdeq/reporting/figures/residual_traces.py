@@ -5,20 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import pandas as pd
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
+from robustdeq.reporting.figures.decades import decades, floor_of
 from robustdeq.reporting.figures.figure import Figure
 from robustdeq.reporting.figures.panels import PANELS, panels
 from robustdeq.reporting.figures.rendering import rendered
-from robustdeq.reporting.figures.residuals import FLOOR
 from robustdeq.reporting.figures.section import Section
 from robustdeq.reporting.figures.style import BROKEN, CLEAN, styled
-from robustdeq.reporting.figures.words import counted, plain, short, slug, told
+from robustdeq.reporting.figures.words import counted, plain, slug, told
 
+# Clean is drawn broad, for where the two agree the adversarial line lies on it.
 _LOOK = {
-    "clean": {"color": CLEAN, "marker": "o"},
-    "adversarial": {"color": BROKEN, "marker": "D"},
+    "clean": {"color": CLEAN, "linewidth": 3.0, "alpha": 0.55},
+    "adversarial": {"color": BROKEN, "linewidth": 1.1, "marker": "D", "markersize": 2.5},
 }
+_QUANTILES = ["low", "median", "high"]
 _DASHES = ("-", "--", ":", "-.")
 _SHOWN = (
     "Relative residual after each evaluation of the cell: median over samples, shaded from the "
@@ -63,8 +65,8 @@ def trace_figure(rows: pd.DataFrame, title: str) -> Figure | None:
         return None
     with styled():
         drawing, (axes,) = panels([plain(title, 48)], "steps of the solver", "relative residual")
-        _lines(axes, own)
-        _axes(axes)
+        _lines(axes, own, floor_of(own[_QUANTILES]))
+        _axes(axes, own)
         axes.legend(frameon=False, fontsize=6.5)
         words = Figure(
             name=slug("residual-trace", title),
@@ -81,42 +83,37 @@ def _drawn(page: Section, table: pd.DataFrame) -> Figure:
     with styled():
         titles = [row.label(30) for row in page.rows]
         drawing, held = panels(titles, "steps of the solver", "relative residual")
+        floor = floor_of(table[_QUANTILES])
         for position, axes in enumerate(held):
-            _lines(axes, table[table["row"] == position])
-        _axes(held[0])
+            _lines(axes, table[table["row"] == position], floor)
+        _axes(held[0], table)
         found: dict[str, Any] = {}
         for axes in held:
             handles, labels = axes.get_legend_handles_labels()
             found |= dict(zip(labels, handles, strict=True))
         drawing.legend(found.values(), found, loc="outside upper right", ncols=4, frameon=False)
-        return rendered(drawing, _words(page, table))
+        return rendered(drawing, _words(page, table), page.foot)
 
 
-def _lines(axes: Any, own: pd.DataFrame) -> None:
-    for (point, solve), line in own.groupby(["point", "solve"], sort=False):
+def _lines(axes: Any, own: pd.DataFrame, floor: float) -> None:
+    # The clean line first, whatever the order of the records.
+    for (point, solve), line in own.sort_values("point", ascending=False, kind="stable").groupby(
+        ["point", "solve"], sort=False
+    ):
         look = _LOOK[point] | {"linestyle": _DASHES[int(solve) % len(_DASHES)]}
-        at, values = line["step"].astype(int), line[["low", "median", "high"]].clip(lower=FLOOR)
-        every = max(1, len(line) // 10)
+        line = line.sort_values("step")
+        at, values = line["step"].astype(int), line[_QUANTILES].clip(lower=floor)
         label = point if not solve else f"{point}, solve {int(solve) + 1}"
-        axes.plot(
-            at,
-            values["median"],
-            label=label,
-            linewidth=1.1,
-            markersize=2.5,
-            markevery=every,
-            **look,
-        )
+        axes.plot(at, values["median"], label=label, markevery=max(1, len(line) // 10), **look)
         axes.fill_between(
             at, values["low"], values["high"], color=look["color"], alpha=0.15, linewidth=0
         )
 
 
-def _axes(axes: Any) -> None:
+def _axes(axes: Any, table: pd.DataFrame) -> None:
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(numticks=6))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
+    decades(axes.yaxis, table[_QUANTILES])
+    axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
 

@@ -7,19 +7,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.ticker import FuncFormatter
 
 from robustdeq.records import broken
+from robustdeq.reporting.figures.decades import decades, floor_of
 from robustdeq.reporting.figures.figure import Figure
 from robustdeq.reporting.figures.rendering import canvas, rendered
 from robustdeq.reporting.figures.section import Row, Section
 from robustdeq.reporting.figures.style import BROKEN, CLEAN, INK, styled
-from robustdeq.reporting.figures.words import counted, short
+from robustdeq.reporting.figures.words import counted
 
 ROWS = 40
 """Most rows of one figure."""
-FLOOR = 1e-12
-"""Where a residual of 0 is drawn on a logarithmic axis."""
 _LOOK = {
     "clean": {"color": CLEAN, "marker": "o"},
     "adversarial": {"color": BROKEN, "marker": "D"},
@@ -67,15 +65,18 @@ def _drawn(page: Section, table: pd.DataFrame) -> Figure:
     with styled():
         drawing = canvas(7.0, 0.9 + 0.3 * max(2, len(page.rows)))
         axes = drawing.subplots()
+        drawn = table.assign(
+            **table[list(_QUANTILES)].clip(lower=floor_of(table[list(_QUANTILES)]))
+        )
         for shift, (point, look) in zip((-0.17, 0.17), _LOOK.items(), strict=True):
-            _quantiles(axes, table[table["point"] == point], shift, point, look)
+            _quantiles(axes, drawn[drawn["point"] == point], shift, point, look)
         _tolerances(axes, page)
         axes.set_yticks(range(len(page.rows)), [row.label() for row in page.rows])
         axes.set(xscale="log", ylim=(len(page.rows) - 0.5, -0.5))
         axes.set_xlabel("relative residual of the deployed solve")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
+        decades(axes.xaxis, table[list(_QUANTILES)])
         drawing.legend(loc="outside upper right", ncols=3, frameon=False)
-        return rendered(drawing, _words(page, table))
+        return rendered(drawing, _words(page, table), page.foot)
 
 
 def _quantiles(
@@ -83,10 +84,10 @@ def _quantiles(
 ) -> None:
     if not len(own):
         return
-    at, found = own["row"] + shift, own[list(_QUANTILES)].clip(lower=FLOOR)
-    axes.hlines(at, found["least"], found["most"], color=look["color"], linewidth=0.8)
-    axes.hlines(at, found["lower"], found["upper"], color=look["color"], linewidth=3.5, alpha=0.6)
-    axes.plot(found["median"], at, linestyle="none", markersize=4, label=point, **look)
+    at = own["row"] + shift
+    axes.hlines(at, own["least"], own["most"], color=look["color"], linewidth=0.8)
+    axes.hlines(at, own["lower"], own["upper"], color=look["color"], linewidth=3.5, alpha=0.6)
+    axes.plot(own["median"], at, linestyle="none", markersize=4, label=point, **look)
 
 
 def _tolerances(axes: Any, page: Section) -> None:
@@ -108,9 +109,9 @@ def _tolerance(row: Row) -> Iterator[float]:
 
 
 def _words(page: Section, table: pd.DataFrame) -> Figure:
-    lost, zero = int(table["lost"].sum()), int((table["least"] < FLOOR).sum())
+    lost = int(table["lost"].sum())
     more = f" {counted(lost, 'residual')} not finite, and left out." if lost else ""
-    more += f" Residuals below {short(FLOOR)} are drawn there." if zero else ""
+    more += " The tick 0 is a residual of exactly 0." if (table["least"] == 0).any() else ""
     alt = f"Quantile plot of {counted(len(page.rows), 'row')}."
     for point, own in table.groupby("point", sort=False):
         alt += (

@@ -61,7 +61,7 @@ def _drawn(page: Section, whole: pd.DataFrame) -> Figure:
         axes = drawing.axes[0]
         for edge in (1, len(heads) - 1):
             axes.axvline(edge, color="white", linewidth=5)
-        return rendered(drawing, _words(page, table, whole.shape[1] - table.shape[1]))
+        return rendered(drawing, _words(page, table, whole.shape[1] - table.shape[1]), page.foot)
 
 
 def _strongest(table: pd.DataFrame) -> pd.DataFrame:
@@ -78,7 +78,8 @@ def _words(page: Section, table: pd.DataFrame, left_out: int) -> Figure:
     if worst.notna().any():
         alt += (
             f" Worst-case robust accuracy from {percent(worst.min())} to {percent(worst.max())};"
-            f" clean accuracy from {percent(table[_FIRST].min())} to {percent(table[_FIRST].max())}."
+            f" clean accuracy from {percent(table[_FIRST].min())} to"
+            f" {percent(table[_FIRST].max())}."
         )
     caption = (
         "Accuracy in percent that is left after each attack and all before it, from left to right; "

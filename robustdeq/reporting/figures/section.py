@@ -136,12 +136,17 @@ class Section:
         return f"n = {counts[0]}" + (f" to {counts[-1]}" if len(counts) > 1 else "")
 
     @property
+    def foot(self) -> str:
+        """What a drawing says of where it holds."""
+        return f"{self.where}; {self.samples}"
+
+    @property
     def source(self) -> str:
         """The end of each caption: where, on how many samples, by which command."""
         doubt = (
             " †: in doubt, by the flags of the row." if any(r.in_doubt for r in self.rows) else ""
         )
-        return f"{doubt} {self.where}; {self.samples}. Measured by `{self.command}`."
+        return f"{doubt} {self.foot}. Measured by `{self.command}`."
 
 
 def sections(run: RunReport) -> list[Section]:

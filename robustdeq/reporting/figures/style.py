@@ -29,11 +29,12 @@ _SETTINGS = {
     "grid.linewidth": 0.5,
     "grid.color": "#dddddd",
     "axes.edgecolor": "#999999",
+    "axes.linewidth": 0.8,
 }
 COLORS = tuple(sns.color_palette(THEME["palette"]).as_hex()[k] for k in (0, 3, 9, 5, 7))
 """Blue, vermilion, sky, tan, gray: five that stay apart in all three kinds of color blindness."""
 CLEAN, BROKEN = COLORS[0], COLORS[1]
-INK, FAINT, EMPTY = "#222222", "#c4c4c4", "#f0f0f0"
+INK, FAINT, EMPTY, EDGE = "#222222", "#c4c4c4", "#f0f0f0", "#cfcfcf"
 MARKERS = "osD^vPX*"
 HATCH = "/////"
 """What a cell without a figure is filled with."""
