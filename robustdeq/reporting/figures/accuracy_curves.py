@@ -71,7 +71,7 @@ def _by_epsilon(page: Section) -> Figure:
         for axes, rows in zip(held, _of_each(page), strict=True):
             _worst(axes, worst[worst["row"].isin(rows)])
         held[0].xaxis.set_major_locator(MaxNLocator(4))
-        held[0].set_xlim(left=-0.03 * max(points["at"].max(), worst["at"].max(), 1e-9))
+        held[0].set_xlim(left=-0.03 * max([*points["at"], *worst["at"], 1e-9]))
         _legend(drawing, held)
         return rendered(drawing, _epsilon_words(page, points, worst), page.foot)
 
