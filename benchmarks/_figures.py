@@ -17,9 +17,9 @@ def seaborn() -> Any:
     mpl.use("Agg")
     import seaborn as sns
 
-    # Text stays text, which keeps the file small, and the same data gives the same file.
-    rc = {"svg.fonttype": "none", "svg.hashsalt": "robustdeq"}
-    sns.set_theme(context="paper", style="whitegrid", palette="colorblind", rc=rc)
+    from robustdeq.reporting.figures.style import SVG, THEME
+
+    sns.set_theme(**THEME, rc=SVG)
     return sns
 
 

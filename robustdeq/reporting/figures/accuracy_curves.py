@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.collections import LineCollection
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
 from robustdeq.reporting.figures.figure import Figure
-from robustdeq.reporting.figures.panels import PANELS, panels
+from robustdeq.reporting.figures.panels import PANELS, legend, panels
 from robustdeq.reporting.figures.rendering import rendered
 from robustdeq.reporting.figures.section import Section, radius
 from robustdeq.reporting.figures.style import BROKEN, CLEAN, FAINT, INK, styled
@@ -70,9 +71,11 @@ def _by_epsilon(page: Section) -> Figure:
         drawing, held = _panels(page, points, label)
         for axes, rows in zip(held, _of_each(page), strict=True):
             _worst(axes, worst[worst["row"].isin(rows)])
-        held[0].xaxis.set_major_locator(MaxNLocator(4))
-        held[0].set_xlim(left=-0.03 * max(points["at"].max(), worst["at"].max(), 1e-9))
-        _legend(drawing, held)
+        furthest = max([*points["at"], *worst["at"], 1e-9])
+        for axes in held:
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+            axes.set_xlim(-0.03 * furthest, 1.03 * furthest)
+        legend(drawing, held)
         return rendered(drawing, _epsilon_words(page, points, worst), page.foot)
 
 
@@ -80,9 +83,11 @@ def _by_steps(page: Section) -> Figure:
     points = curve(page, "steps")
     with styled():
         drawing, held = _panels(page, points, "steps of PGD")
-        held[0].set_xscale("log")
-        held[0].xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
-        _legend(drawing, held)
+        for axes in held:
+            axes.set(xscale="log", xlim=(0.8 * points["at"].min(), 1.25 * points["at"].max()))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
+            axes.xaxis.set_minor_locator(NullLocator())
+        legend(drawing, held)
         return rendered(drawing, _steps_words(page, points), page.foot)
 
 
@@ -90,17 +95,17 @@ def _panels(page: Section, points: pd.DataFrame, xlabel: str) -> tuple[Any, list
     rows = _of_each(page)
     titles = [page.rows[own[0]].label(30) for own in rows]
     drawing, held = panels(titles, xlabel, "accuracy")
+    lines = {k: line[["at", "share"]].to_numpy() for k, line in points.groupby("row")}
     for axes, own in zip(held, rows, strict=True):
-        for position, line in points.groupby("row"):
-            if position not in own:
-                axes.plot(line["at"], line["share"], color=FAINT, linewidth=0.5, zorder=1)
+        axes.set_ylim(-0.03, 1.03)
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        others = [line for position, line in lines.items() if position not in own]
+        axes.add_collection(LineCollection(others, color=FAINT, linewidth=0.5, zorder=1))
         for _, line in points[points["row"].isin(own)].groupby("row"):
             _line(axes, line)
         classes = page.rows[own[0]].evidence.case.get("classes")
         if isinstance(classes, int) and classes > 1:
             axes.axhline(1 / classes, color=INK, linewidth=0.6, linestyle=":", label="chance")
-    held[0].set_ylim(-0.03, 1.03)
-    held[0].yaxis.set_major_formatter(PercentFormatter(1))
     return drawing, held
 
 
@@ -122,14 +127,6 @@ def _worst(axes: Any, worst: pd.DataFrame) -> None:
 def _of_each(page: Section) -> list[list[int]]:
     """Per ID, the positions of its rows."""
     return [[k for k, row in enumerate(page.rows) if row.verdict.id == name] for name in page.ids]
-
-
-def _legend(drawing: Any, held: list[Any]) -> None:
-    found = {}
-    for axes in held:
-        handles, labels = axes.get_legend_handles_labels()
-        found |= dict(zip(labels, handles, strict=True))
-    drawing.legend(found.values(), found, loc="outside upper right", ncols=3, frameon=False)
 
 
 def _epsilon_words(page: Section, points: pd.DataFrame, worst: pd.DataFrame) -> Figure:

@@ -50,7 +50,7 @@ def cost(section: Section) -> list[Figure]:
                 _dots(axes, own.dropna(subset=[column]), column, look)
             axes.set(xscale="log", xlabel=label, ylim=(-0.03, 1.03), xmargin=0.1)
             _spread(axes)
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
             axes.xaxis.set_minor_formatter(NullFormatter())
         panels[0].set(ylabel="robust accuracy (worst case)")

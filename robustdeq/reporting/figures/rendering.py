@@ -17,9 +17,9 @@ from robustdeq.reporting.figures.words import plain
 DPI = 150
 
 
-def canvas(width: float, height: float) -> Canvas:
+def canvas(width: float, height: float, layout: str | None = "constrained") -> Canvas:
     """An empty drawing, in inches, that no window and no state of pyplot knows of."""
-    return Canvas(figsize=(width, height), layout="constrained")
+    return Canvas(figsize=(width, height), layout=layout)
 
 
 def rendered(drawing: Canvas, words: Figure, foot: str = "") -> Figure:
@@ -33,7 +33,11 @@ def rendered(drawing: Canvas, words: Figure, foot: str = "") -> Figure:
     drawing.draw_without_rendering()
     # Once is enough, and what is added below must not move the axes.
     drawing.set_layout_engine("none")
-    drawing.text(1, -0.01, plain(foot, 100), ha="right", va="top", size=6.5, color=INK)
+    bottom = min(0.0, drawing.get_tightbbox().y0) - 0.06
+    drawing.text(
+        1, bottom / drawing.get_figheight(), plain(foot, 100), ha="right", va="top", size=6.5,
+        color=INK,
+    )  # fmt: skip
     svg = _saved(drawing, format="svg", metadata={"Date": None}).decode()
     png = _saved(drawing, format="png", dpi=DPI, metadata={"Software": None})
     return replace(words, svg=_alone(svg, words), png=png)
@@ -52,7 +56,8 @@ def _alone(svg: str, words: Figure) -> str:
     assert root is not None
     for tag in ("metadata", "style"):
         for element in list(root.getElementsByTagName(tag)):
-            element.parentNode.removeChild(element)
+            if element.parentNode is not None:
+                element.parentNode.removeChild(element)
     # A rule for "*" would hold for the whole page; on the root it is inherited by this figure.
     root.setAttribute("style", "stroke-linejoin: round; stroke-linecap: butt")
     root.setAttribute("role", "img")
@@ -61,8 +66,7 @@ def _alone(svg: str, words: Figure) -> str:
         element.appendChild(document.createTextNode(text))
         root.insertBefore(element, root.firstChild)
     _own_names(root, svg, words.name)
-    text: str = root.toxml()
-    return text + "\n"
+    return str(root.toxml()) + "\n"
 
 
 def _own_names(root: Any, svg: str, name: str) -> None:

@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from robustdeq.reporting.figures.decades import decades, floor_of
 from robustdeq.reporting.figures.figure import Figure
-from robustdeq.reporting.figures.panels import PANELS, panels
+from robustdeq.reporting.figures.panels import PANELS, legend, panels
 from robustdeq.reporting.figures.rendering import rendered
 from robustdeq.reporting.figures.section import Section
 from robustdeq.reporting.figures.style import BROKEN, CLEAN, styled
@@ -72,7 +72,7 @@ def trace_figure(rows: pd.DataFrame, title: str) -> Figure | None:
             name=slug("residual-trace", title),
             title=f"Residual along the solver's steps: {told(title)}",
             alt=f"Two curves at most.{_ends(own)}",
-            caption=f"{_SHOWN} {_solves(own)} n = {own['n'].max()}.",
+            caption=f"{_SHOWN}{_solves(own)} n = {own['n'].max()}.",
             svg="",
             png=b"",
         )
@@ -86,12 +86,8 @@ def _drawn(page: Section, table: pd.DataFrame) -> Figure:
         floor = floor_of(table[_QUANTILES])
         for position, axes in enumerate(held):
             _lines(axes, table[table["row"] == position], floor)
-        _axes(held[0], table)
-        found: dict[str, Any] = {}
-        for axes in held:
-            handles, labels = axes.get_legend_handles_labels()
-            found |= dict(zip(labels, handles, strict=True))
-        drawing.legend(found.values(), found, loc="outside upper right", ncols=4, frameon=False)
+            _axes(axes, table)
+        legend(drawing, held)
         return rendered(drawing, _words(page, table), page.foot)
 
 
@@ -113,17 +109,21 @@ def _lines(axes: Any, own: pd.DataFrame, floor: float) -> None:
 def _axes(axes: Any, table: pd.DataFrame) -> None:
     axes.set_yscale("log")
     decades(axes.yaxis, table[_QUANTILES])
-    axes.set_xlim(left=0)
+    # A little beyond the last and the least, for the axes are not to cut a marker.
+    axes.set_xlim(0, 1.03 * table["step"].max() + 0.3)
+    axes.set_ylim(
+        floor_of(table[_QUANTILES]) / 3, table[_QUANTILES].to_numpy(dtype=float).max() * 3
+    )
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
 
 def _words(page: Section, table: pd.DataFrame) -> Figure:
-    caption = f"{_SHOWN} {_solves(table)} Traced: the first chunk, 64 samples at most. "
+    caption = f"{_SHOWN}{_solves(table)} Traced: the first chunk, 64 samples at most."
     return Figure(
         name=page.name("residual-traces"),
         title=f"Residual along the solver's steps: {page.where}",
         alt=f"Panels of {counted(len(page.rows), 'row')}.{_ends(table)}",
-        caption=caption.strip() + page.source,
+        caption=caption + page.source,
         svg="",
         png=b"",
     )
@@ -131,7 +131,7 @@ def _words(page: Section, table: pd.DataFrame) -> Figure:
 
 def _solves(table: pd.DataFrame) -> str:
     most = int(table["solve"].max()) + 1
-    return "" if most == 1 else f"A forward pass solves up to {most} times, one line each."
+    return "" if most == 1 else f" A forward pass solves up to {most} times, one line each."
 
 
 def _ends(table: pd.DataFrame) -> str:

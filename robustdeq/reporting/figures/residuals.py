@@ -103,7 +103,7 @@ def _tolerances(axes: Any, page: Section) -> None:
 
 
 def _tolerance(row: Row) -> Iterator[float]:
-    value = dict(row.evidence.case.get("parameters", {})).get("tolerance")
+    value = (row.evidence.case.get("parameters") or {}).get("tolerance")
     if isinstance(value, float) and 0 < value < np.inf:
         yield value
 

@@ -13,7 +13,7 @@ THEME = {"context": "paper", "style": "whitegrid", "palette": "colorblind"}
 """What seaborn is asked for."""
 SVG = {"svg.fonttype": "none", "svg.hashsalt": "robustdeq"}
 """Text stays text, which keeps a file small, and the same data gives the same file."""
-_SETTINGS = {
+_SETTINGS: Any = {
     **SVG,
     "font.family": "sans-serif",
     # The font that comes with matplotlib first: labels take the same room on every machine.
