@@ -95,11 +95,11 @@ def claim(defended: Verdict, base: Verdict) -> str:
         UsageError: as `compare`.
     """
     found = compare(defended, base).paired
-    doubts = "".join(f"; {doubt}" for doubt in [*doubts(defended), *doubts(base)])
+    doubted = "".join(f"; {doubt}" for doubt in [*doubts(defended), *doubts(base)])
     return (
         f"On {base.dataset} under {base.threat}, {defended.id} is robust on "
         f"{_percent(defended.robust_acc)} and {base.id} on {_percent(base.robust_acc)} of the same "
-        f"{found.n} samples, {_difference(found)}: {_conclusion(defended, base, found)}{doubts}."
+        f"{found.n} samples, {_difference(found)}: {_conclusion(defended, base, found)}{doubted}."
     )
 
 
@@ -111,13 +111,12 @@ def paragraph(comparison: Comparison) -> str:
     a, b = comparison.a, comparison.b
     parts = [
         f"On the same {comparison.paired.n} samples of {a.dataset} under {a.threat}, "
-        f"{_figures(a)}, and {_figures(b)}.",
-        f"{a.id} against {b.id}, the robust accuracy has {_difference(comparison.paired)}: "
-        f"{_judgment(comparison)}.",
+        f"{_figures(a, 'is robust on')}, and {_figures(b, 'on')}.",
+        f"That is {_difference(comparison.paired)}, {_judgment(comparison)}.",
         _alone(comparison, "a"),
         _alone(comparison, "b"),
         _cost(a, b),
-        *[f"{doubt[0].upper()}{doubt[1:]}." for doubt in (*doubts(a), *doubts(b))],
+        *[f"{doubt}." for doubt in (*doubts(a), *doubts(b))],
     ]
     return " ".join(parts)
 
@@ -138,21 +137,20 @@ def flips_table(comparison: Comparison) -> pd.DataFrame:
     )
 
 
-def _figures(verdict: Verdict) -> str:
-    low, high = _percent(verdict.robust_low), _percent(verdict.robust_high)
+def _figures(verdict: Verdict, verb: str) -> str:
     engine = verdict.autoattack_engine
-    by = "" if engine in ("", "reference") else f" ({engine} engine)"
+    by = "" if engine in ("", "reference") else f" by the {engine} engine"
     return (
-        f"{verdict.id} ({verdict.defense}) has a clean accuracy of {_percent(verdict.clean_acc)}, "
-        f"of {_percent(verdict.autoattack_acc)} after AutoAttack alone{by}, and a robust accuracy "
-        f"of {_percent(verdict.robust_acc)} (95 % Wilson interval {low} to {high})"
+        f"{verdict.id} ({verdict.defense}) {verb} {_percent(verdict.robust_acc)} (95 % Wilson "
+        f"interval {_percent(verdict.robust_low)} to {_percent(verdict.robust_high)}; clean "
+        f"{_percent(verdict.clean_acc)}, AutoAttack alone{by} {_percent(verdict.autoattack_acc)})"
     )
 
 
 def _judgment(comparison: Comparison) -> str:
     reason = _unjudged(comparison.a, comparison.b)
     if reason:
-        return f"it is not judged, for {reason}"
+        return f"which is not judged, for {reason}"
     beyond = comparison.paired.p_value < LEVEL
     return f"{'beyond' if beyond else 'not beyond'} chance at {100 * LEVEL:g} %"
 
@@ -164,19 +162,20 @@ def _alone(comparison: Comparison, side: str) -> str:
     if not counts:
         return f"No sample is robust in {own.id} alone."
     wrong = counts.pop(_MISCLASSIFIED, 0)
-    by = [f"to {name} on {count}" for name, count in counts.most_common()]
-    by += [f"without an attack on {wrong}"] if wrong else []
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    by = [f"{name} broke {other.id} on {count}" for name, count in ordered]
+    by += [f"{other.id} is wrong without an attack on {wrong}"] if wrong else []
     total = counts.total() + wrong
     samples = "1 sample" if total == 1 else f"{total} samples"
-    return f"{own.id} alone is robust on {samples}, which {other.id} lost {', '.join(by)}."
+    return f"{own.id} alone is robust on {samples}: {', '.join(by)}."
 
 
 def _cost(a: Verdict, b: Verdict) -> str:
     nfe = [v.forward_nfe + v.backward_nfe for v in (a, b)]
     return (
         f"Evaluating {a.id} took {_ratio(*nfe)} the NFE of {b.id} ({short(nfe[0])} against "
-        f"{short(nfe[1])}, forward and backward; calls of a model that does not iterate) and "
-        f"{_ratio(a.seconds, b.seconds)} its seconds ({a.seconds:.1f} against {b.seconds:.1f})."
+        f"{short(nfe[1])}, forward and backward) and {_ratio(a.seconds, b.seconds)} its seconds "
+        f"({a.seconds:.1f} against {b.seconds:.1f})."
     )
 
 
