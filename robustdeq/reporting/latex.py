@@ -62,9 +62,9 @@ def _escaped(mark: str) -> str:
         return _SPECIAL[mark]
     if mark.isascii():
         return mark
-    letter, *accents = unicodedata.normalize("NFD", mark)
-    if letter.isascii() and letter.isalpha() and len(accents) == 1 and accents[0] in _ACCENTS:
-        return f"\\{_ACCENTS[accents[0]]}{{{letter}}}"
+    parts = unicodedata.normalize("NFD", mark)
+    if len(parts) == 2 and parts[0].isascii() and parts[0].isalpha() and parts[1] in _ACCENTS:
+        return f"\\{_ACCENTS[parts[1]]}{{{parts[0]}}}"
     return f"{{[}}U+{ord(mark):04X}{{]}}"
 
 

@@ -128,7 +128,7 @@ def file_name(text: str) -> str:
     ends with a dot or a dash, and has a digest where it is not the text itself.
     """
     plain = re.sub(r"[^A-Za-z0-9._+-]+", "-", text)[:_NAME].strip("-.")
-    return plain if plain == text else f"{plain or 'row'}-{digest(text)[:10]}"
+    return plain if plain and plain == text else f"{plain or 'row'}-{digest(text)[:10]}"
 
 
 def _several_radii(run: RunReport) -> set[tuple[str, str]]:
