@@ -159,9 +159,10 @@ def to_markdown(table: pd.DataFrame, title: str, notes: Sequence[str] = ()) -> s
         title: the heading.
         notes: lines below the table, before those on ranks, seeds and credit.
     """
-    lines = [f"# {title}", ""]
+    lines = [f"# {escaped(title)}", ""]
     for (dataset, threat, track), rows in table.groupby(["dataset", "threat", "track"], sort=False):
-        lines += [f"## {dataset}, {threat}, {TRACKS.get(track, f'{track} models')}", ""]
+        told = f"{dataset}, {threat}, {TRACKS.get(track, f'{track} models')}"
+        lines += [f"## {escaped(told)}", ""]
         lines += ["| " + " | ".join(_HEADINGS) + " |", "|" + "---|" * len(_HEADINGS)]
         lines += ["| " + " | ".join(_markdown_cells(row)) + " |" for _, row in rows.iterrows()]
         lines.append("")
@@ -229,4 +230,4 @@ def escaped(text: str) -> str:
     """Text on one line that cannot end a Markdown cell or start markup of its own."""
     for mark in ("\\", "|", "<", ">", "`", "*", "[", "]", "_"):
         text = text.replace(mark, f"\\{mark}")
-    return " ".join(text.split())
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())

@@ -348,6 +348,8 @@ def test_hostile_words_reach_every_export(
     for form in FORMATS:
         code, text, _ = command(["report", evil, "--format", form], monkeypatch, capsys)
         assert code == 0
+        if form != "csv":
+            assert not re.search(r"[\x00-\x09\x0b-\x1f\u202e]", text)
         assert "<script>" not in text or form in ("csv", "json")
     code, text, _ = command(["report", evil, "--format", "latex"], monkeypatch, capsys)
     assert text.isascii()
