@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+import re
 from functools import cache
 from importlib import resources
 from urllib.parse import urlsplit
@@ -31,6 +32,7 @@ def environment() -> Environment:
     )
     made.filters |= {
         "percent": percent, "count": count, "number": number, "cut": cut, "link": link,
+        "breakable": breakable,
     }  # fmt: skip
     made.globals |= {"style": Markup(asset("style.css")), "policy": policy()}
     return made
@@ -78,6 +80,12 @@ def cut(text: object, longest: int = LONGEST) -> str:
     """A text of others: printable, on one line, and not longer than it may be."""
     words = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
     return words if len(words) <= longest else words[: longest - 1] + "…"
+
+
+def breakable(text: str) -> Markup:
+    """A name that a narrow column may break where its words begin."""
+    parts = re.split(r"(?<=_)|(?<=[a-z0-9])(?=[A-Z])", text)
+    return Markup("<wbr>").join(parts)
 
 
 def link(text: str) -> str:
