@@ -8,10 +8,15 @@ from typing import Any
 
 import pytest
 from reported import command, copied, is_one_sentence, report_of, tiny_run, unbreak, verdict
+from reports import Row, made_run
 
 from robustdeq.errors import UsageError
+from robustdeq.reporting.figures.draw import figures
 from robustdeq.reporting.formats import render_run
+from robustdeq.reporting.images import read_images
 from robustdeq.reporting.merge import merge, read_runs
+from robustdeq.reporting.page.build import render_page
+from robustdeq.reporting.page.examples import examples_of
 from robustdeq.reporting.run import RunReport, read_run
 from robustdeq.tables import tabulate
 
@@ -138,6 +143,23 @@ def test_rows_of_one_name_and_other_cases_both_stand_and_are_told_apart() -> Non
     assert "seed" not in notes[0]
     assert notes[2] == ""
     assert set(tabulate(merged.verdicts)["note"]) == set(notes)
+
+
+def test_page_and_figures_take_the_rows_of_each_folder(tmp_path: Path) -> None:
+    runs = [made_run(tmp_path / name, [Row(f"Row_{name}")]) for name in "ab"]
+    merged = merge(runs)
+    for number, name in enumerate("ab"):
+        images = read_images(tmp_path / name)
+        own = examples_of(runs[number], 0, images, 10**6)
+        got = examples_of(merged, number, images, 10**6)
+        assert own is not None
+        assert got is not None
+        assert got.source == own.source
+    text = render_page(merged)
+    assert text.count("sample 0, class") == sum(
+        render_page(r).count("sample 0, class") for r in runs
+    )
+    assert [figure.title for figure in figures(merged)] == [f.title for f in figures(runs[0])]
 
 
 def test_the_command_merges_and_refuses(
