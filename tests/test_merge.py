@@ -159,7 +159,8 @@ def test_page_and_figures_take_the_rows_of_each_folder(tmp_path: Path) -> None:
     assert text.count("sample 0, class") == sum(
         render_page(r).count("sample 0, class") for r in runs
     )
-    assert [figure.title for figure in figures(merged)] == [f.title for f in figures(runs[0])]
+    together = made_run(tmp_path / "c", [Row("Row_a"), Row("Row_b")])
+    assert [f.title for f in figures(merged)] == [f.title for f in figures(together)]
 
 
 def test_the_command_merges_and_refuses(
