@@ -163,11 +163,12 @@ def _alone(comparison: Comparison, side: str) -> str:
         return f"No sample is robust in {own.id} alone."
     wrong = counts.pop(_MISCLASSIFIED, 0)
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    by = [f"{name} broke {other.id} on {count}" for name, count in ordered]
-    by += [f"{other.id} is wrong without an attack on {wrong}"] if wrong else []
+    fell = ", ".join(f"{name} ({count})" for name, count in ordered)
+    parts = [f"fell to {fell}"] if fell else []
+    parts += [f"was wrong without an attack ({wrong})"] if wrong else []
     total = counts.total() + wrong
     samples = "1 sample" if total == 1 else f"{total} samples"
-    return f"{own.id} alone is robust on {samples}: {', '.join(by)}."
+    return f"{own.id} alone is robust on {samples}, where {other.id} {' and '.join(parts)}."
 
 
 def _cost(a: Verdict, b: Verdict) -> str:

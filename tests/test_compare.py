@@ -64,9 +64,9 @@ def test_the_paragraph_holds_every_figure() -> None:
         f"a difference of {100 * test.difference:+.2f} points (95 % interval "
         f"{100 * test.low:+.2f} to {100 * test.high:+.2f}; exact McNemar p = {test.p_value:.3g}), "
         "not beyond chance at 5 %.",
-        "Ours alone is robust on 3 samples: pgd broke Base on 1, square broke Base on 1, Base is "
-        "wrong without an attack on 1.",
-        "Base alone is robust on 1 sample: pgd broke Ours on 1.",
+        "Ours alone is robust on 3 samples, where Base fell to pgd (1), square (1) and was wrong "
+        "without an attack (1).",
+        "Base alone is robust on 1 sample, where Ours fell to pgd (1).",
         "took 2.00 times the NFE of Base (3k against 1.5k, forward and backward) and 3.00 times "
         "its seconds (6.0 against 2.0).",
         "Base is in doubt: zero_gradient=0.5.",

@@ -13,6 +13,7 @@ from robustdeq.errors import UsageError, unknown
 
 _FORMATS = "md, csv, latex or json; robustbench: a folder of model_info; pt: a row's inputs."
 _OUT = typer.Option(help="Write to this file instead of printing; for robustbench, a folder.")
+_FILE = typer.Option(help="Write to this file instead of printing.")
 _THREAT = typer.Option(help="Only rows under it, as in Linf:8/255.")
 
 
@@ -20,7 +21,7 @@ _THREAT = typer.Option(help="Only rows under it, as in Linf:8/255.")
 def report(
     folders: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN...", help="Folders that runs have left; several are merged."),
+        typer.Argument(metavar="RUN", help="Folders that runs have left; several are merged."),
     ],
     form: Annotated[str, typer.Option("--format", help=_FORMATS)] = "md",
     out: Annotated[Path | None, _OUT] = None,
@@ -56,7 +57,7 @@ def compare(
     ] = None,
     form: Annotated[str, typer.Option("--format", help="text, md or html.")] = "text",
     threat: Annotated[str, _THREAT] = "",
-    out: Annotated[Path | None, _OUT] = None,
+    out: Annotated[Path | None, _FILE] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Say how two rows differ on the same samples; or all rows that two runs have in common."""
