@@ -1,0 +1,26 @@
+"""What is to be looked at of a run: its figures and its page, written into its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from robustdeq.reporting.figures import figures, write_drawn
+from robustdeq.reporting.page.build import write_page
+from robustdeq.reporting.run import RunReport, read_run
+
+
+def publish(folder: Path) -> Path:
+    """Write `figures/` and `index.html` of a run's folder; returns the page.
+
+    Raises:
+        UsageError: if the folder holds no run.
+    """
+    return publish_report(read_run(folder))
+
+
+def publish_report(run: RunReport, path: Path | None = None) -> Path:
+    """As `publish`; the page at `path`, with `figures/` beside it."""
+    drawn = figures(run)
+    page = write_page(run, drawn, path)
+    write_drawn(drawn, page.parent)
+    return page
