@@ -9,11 +9,12 @@ import pandas as pd
 
 from robustdeq.errors import UsageError
 from robustdeq.statistics import Paired, paired
-from robustdeq.tables import rankable, sample_set
+from robustdeq.tables import rankable, sample_set, short
 from robustdeq.verdict import Verdict
 
 LEVEL = 0.05
 """The exact McNemar p below which a difference is beyond chance."""
+_MISCLASSIFIED = "misclassified"
 _NOT_DOUBTS = ("randomized", "left_out:")
 
 
@@ -69,7 +70,7 @@ def _flipped(both: pd.DataFrame) -> pd.DataFrame:
     broken_by = flipped["broken_by_b"].where(a_alone[flipped.index], flipped["broken_by_a"])
     robust = a_alone[flipped.index].map({True: "a", False: "b"})
     found = flipped[["index", "label"]].assign(robust=robust, broken_by=broken_by)
-    return found.fillna({"broken_by": "misclassified"}).reset_index(drop=True)
+    return found.fillna({"broken_by": _MISCLASSIFIED}).reset_index(drop=True)
 
 
 def comparison_text(comparison: Comparison) -> str:
@@ -81,7 +82,7 @@ def comparison_text(comparison: Comparison) -> str:
         _broken(comparison, "a", "b"),
         _broken(comparison, "b", "a"),
     ]
-    return "\n".join([*lines, *_doubts(a), *_doubts(b)]) + "\n"
+    return "\n".join([*lines, *doubts(a), *doubts(b)]) + "\n"
 
 
 def claim(defended: Verdict, base: Verdict) -> str:
@@ -94,21 +95,99 @@ def claim(defended: Verdict, base: Verdict) -> str:
         UsageError: as `compare`.
     """
     found = compare(defended, base).paired
-    doubts = "".join(f"; {doubt}" for doubt in [*_doubts(defended), *_doubts(base)])
+    doubted = "".join(f"; {doubt}" for doubt in [*doubts(defended), *doubts(base)])
     return (
         f"On {base.dataset} under {base.threat}, {defended.id} is robust on "
         f"{_percent(defended.robust_acc)} and {base.id} on {_percent(base.robust_acc)} of the same "
-        f"{found.n} samples, {_difference(found)}: {_conclusion(defended, base, found)}{doubts}."
+        f"{found.n} samples, {_difference(found)}: {_conclusion(defended, base, found)}{doubted}."
     )
 
 
+def paragraph(comparison: Comparison) -> str:
+    """What a paper could quote: figures with n and intervals, the test, who broke what, the cost.
+
+    It names the rows by their IDs, so that these must differ.
+    """
+    a, b = comparison.a, comparison.b
+    parts = [
+        f"On the same {comparison.paired.n} samples of {a.dataset} under {a.threat}, "
+        f"{_figures(a, 'is robust on')}, and {_figures(b, 'on')}.",
+        f"That is {_difference(comparison.paired)}, {_judgment(comparison)}.",
+        _alone(comparison, "a"),
+        _alone(comparison, "b"),
+        _cost(a, b),
+        *[f"{doubt}." for doubt in (*doubts(a), *doubts(b))],
+    ]
+    return " ".join(parts)
+
+
+def flips_table(comparison: Comparison) -> pd.DataFrame:
+    """The flipped samples for readers: Sample, Label, Robust, Broken, By; rows by their IDs."""
+    names = {"a": comparison.a.id, "b": comparison.b.id}
+    held = comparison.flipped
+    other = held["robust"].map({"a": "b", "b": "a"})
+    return pd.DataFrame(
+        {
+            "Sample": held["index"],
+            "Label": held["label"],
+            "Robust": held["robust"].map(names),
+            "Broken": other.map(names),
+            "By": held["broken_by"],
+        }
+    )
+
+
+def _figures(verdict: Verdict, verb: str) -> str:
+    engine = verdict.autoattack_engine
+    by = "" if engine in ("", "reference") else f" by the {engine} engine"
+    return (
+        f"{verdict.id} ({verdict.defense}) {verb} {_percent(verdict.robust_acc)} (95 % Wilson "
+        f"interval {_percent(verdict.robust_low)} to {_percent(verdict.robust_high)}; clean "
+        f"{_percent(verdict.clean_acc)}, AutoAttack alone{by} {_percent(verdict.autoattack_acc)})"
+    )
+
+
+def _judgment(comparison: Comparison) -> str:
+    reason = _unjudged(comparison.a, comparison.b)
+    if reason:
+        return f"which is not judged, for {reason}"
+    beyond = comparison.paired.p_value < LEVEL
+    return f"{'beyond' if beyond else 'not beyond'} chance at {100 * LEVEL:g} %"
+
+
+def _alone(comparison: Comparison, side: str) -> str:
+    """On how many samples one row alone is robust, and what broke the other there."""
+    own, other = (comparison.a, comparison.b) if side == "a" else (comparison.b, comparison.a)
+    counts = Counter(comparison.flipped.loc[comparison.flipped["robust"] == side, "broken_by"])
+    if not counts:
+        return f"No sample is robust in {own.id} alone."
+    wrong = counts.pop(_MISCLASSIFIED, 0)
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    fell = ", ".join(f"{name} ({count})" for name, count in ordered)
+    parts = [f"fell to {fell}"] if fell else []
+    parts += [f"was wrong without an attack ({wrong})"] if wrong else []
+    total = counts.total() + wrong
+    samples = "1 sample" if total == 1 else f"{total} samples"
+    return f"{own.id} alone is robust on {samples}, where {other.id} {' and '.join(parts)}."
+
+
+def _cost(a: Verdict, b: Verdict) -> str:
+    nfe = [v.forward_nfe + v.backward_nfe for v in (a, b)]
+    return (
+        f"Evaluating {a.id} took {_ratio(*nfe)} the NFE of {b.id} ({short(nfe[0])} against "
+        f"{short(nfe[1])}, forward and backward) and {_ratio(a.seconds, b.seconds)} its seconds "
+        f"({a.seconds:.1f} against {b.seconds:.1f})."
+    )
+
+
+def _ratio(a: float, b: float) -> str:
+    return f"{a / b:.2f} times" if a and b else "n/a times"
+
+
 def _conclusion(defended: Verdict, base: Verdict, found: Paired) -> str:
-    for verdict in (defended, base):
-        if verdict.track == "no_gradient":
-            return f"the claim is not judged, for {verdict.id} has no gradient to attack through"
-    if defended.track != base.track:
-        tracks = f"{defended.track} against {base.track}"
-        return f"the claim is not judged, for the rows are of different tracks ({tracks})"
+    reason = _unjudged(defended, base)
+    if reason:
+        return f"the claim is not judged, for {reason}"
     if found.p_value >= LEVEL:
         return "the claim does not hold, for there is no difference beyond chance"
     if found.difference < 0:
@@ -116,7 +195,18 @@ def _conclusion(defended: Verdict, base: Verdict, found: Paired) -> str:
     return "the claim holds"
 
 
-def _doubts(verdict: Verdict) -> list[str]:
+def _unjudged(a: Verdict, b: Verdict) -> str:
+    """Why no word is said on the difference of two rows; empty where one can be."""
+    for verdict in (a, b):
+        if verdict.track == "no_gradient":
+            return f"{verdict.id} has no gradient to attack through"
+    if a.track != b.track:
+        return f"the rows are of different tracks ({a.track} against {b.track})"
+    return ""
+
+
+def doubts(verdict: Verdict) -> list[str]:
+    """A sentence with the flags that are reasons to doubt a row; none where there are none."""
     flags = [flag for flag in verdict.flags if not flag.startswith(_NOT_DOUBTS)]
     return [f"{verdict.id} is in doubt: {', '.join(flags)}"] if flags else []
 

@@ -30,12 +30,13 @@ NOTES = (
 )
 """How `to_markdown` explains its columns."""
 _UNRANKED = ("outside_ball:", "outside_box:", "nonfinite:", "incomplete_training", "unattacked")
-_TRACKS = {
+TRACKS = {
     "deterministic": "deterministic models",
     "randomized": "randomized models",
     "no_gradient": "models without a gradient to attack",
 }
-_APART = "ranked apart: on other samples than most rows of its section"
+"""How headings name the tracks; rows are ranked within one."""
+APART = "ranked apart: on other samples than most rows of its section"
 _Pool: TypeAlias = tuple[str, str, str, bytes]
 
 
@@ -111,7 +112,7 @@ def _apart(pools: dict[_Pool, list[int]]) -> set[int]:
 
 
 def _place(verdict: Verdict, ranked: bool) -> tuple[object, ...]:
-    tracks = list(_TRACKS)
+    tracks = list(TRACKS)
     track = tracks.index(verdict.track) if verdict.track in tracks else len(tracks)
     robust = -1.0 if verdict.robust_acc is None else verdict.robust_acc
     where = (verdict.dataset, verdict.threat, track, verdict.track)
@@ -119,7 +120,7 @@ def _place(verdict: Verdict, ranked: bool) -> tuple[object, ...]:
 
 
 def _note(verdict: Verdict, apart: bool) -> str:
-    return "; ".join(part for part in (verdict.note, _APART if apart else "") if part)
+    return "; ".join(part for part in (verdict.note, APART if apart else "") if part)
 
 
 def _seeds(verdict: Verdict, verdicts: Sequence[Verdict]) -> str:
@@ -158,9 +159,10 @@ def to_markdown(table: pd.DataFrame, title: str, notes: Sequence[str] = ()) -> s
         title: the heading.
         notes: lines below the table, before those on ranks, seeds and credit.
     """
-    lines = [f"# {title}", ""]
+    lines = [f"# {escaped(title)}", ""]
     for (dataset, threat, track), rows in table.groupby(["dataset", "threat", "track"], sort=False):
-        lines += [f"## {dataset}, {threat}, {_TRACKS.get(track, f'{track} models')}", ""]
+        told = f"{dataset}, {threat}, {TRACKS.get(track, f'{track} models')}"
+        lines += [f"## {escaped(told)}", ""]
         lines += ["| " + " | ".join(_HEADINGS) + " |", "|" + "---|" * len(_HEADINGS)]
         lines += ["| " + " | ".join(_markdown_cells(row)) + " |" for _, row in rows.iterrows()]
         lines.append("")
@@ -190,18 +192,19 @@ def _markdown_cells(row: pd.Series) -> list[str]:
         row["seeds"],
         row["broken_by"].replace(";", "; "),
         row["credit"],
-        _remarks(row),
-        f"{_short(row['forward_nfe'])} / {_short(row['backward_nfe'])}",
+        remarks(row),
+        f"{short(row['forward_nfe'])} / {short(row['backward_nfe'])}",
         f"{row['seconds']:.1f}",
     )
-    return [_escaped(cell) for cell in cells]
+    return [escaped(cell) for cell in cells]
 
 
 def _engine(name: str) -> str:
     return "" if name in ("", "reference") else f" ({name})"
 
 
-def _remarks(row: pd.Series) -> str:
+def remarks(row: pd.Series) -> str:
+    """What is to be said of a row of a table: its flags, its status where it failed, its note."""
     note = row["note"] if row["status"] == "ok" else f"{row['status']}: {row['note']}"
     return "; ".join(part for part in (row["flags"].replace(";", "; "), note) if part)
 
@@ -215,7 +218,7 @@ def _percent(value: float | None) -> str:
     return "n/a" if value is None or pd.isna(value) else f"{100 * value:.2f}"
 
 
-def _short(count: int) -> str:
+def short(count: int) -> str:
     """12.3M, 4.5k and the like."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if count >= size:
@@ -223,8 +226,8 @@ def _short(count: int) -> str:
     return str(count)
 
 
-def _escaped(text: str) -> str:
-    """Text that cannot end a Markdown cell or start markup of its own."""
+def escaped(text: str) -> str:
+    """Text on one line that cannot end a Markdown cell or start markup of its own."""
     for mark in ("\\", "|", "<", ">", "`", "*", "[", "]", "_"):
         text = text.replace(mark, f"\\{mark}")
-    return " ".join(text.split())
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())

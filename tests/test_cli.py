@@ -192,7 +192,8 @@ def test_a_folder_that_cannot_be_made(
 def test_report_and_help_import_no_torch(tmp_path: Path) -> None:
     check = (
         "import sys; import robustdeq.reporting.run, robustdeq.reporting.formats;"
-        "import robustdeq.records, robustdeq.tables, robustdeq.cli;"
+        "import robustdeq.records, robustdeq.tables, robustdeq.cli, robustdeq.reporting.merge;"
+        "import robustdeq.reporting.compared, robustdeq.reporting.model_info;"
         "import robustdeq.verdict, robustdeq.datasets; sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", check], check=True, cwd=tmp_path)

@@ -1,6 +1,6 @@
 """The command line. Imports lazily: `--help` and `report` start without torch."""
 
-from robustdeq.cli import evidence, plugins, run, train
+from robustdeq.cli import evidence, plugins, report, run, train
 from robustdeq.cli.main import main
 
-__all__ = ["evidence", "main", "plugins", "run", "train"]
+__all__ = ["evidence", "main", "plugins", "report", "run", "train"]

@@ -1,4 +1,4 @@
-"""`robustdeq report`, `verify` and `submit`: what a run claims, and what others say of it."""
+"""`robustdeq verify` and `submit`: what others say of a run's claims."""
 
 from __future__ import annotations
 
@@ -15,21 +15,6 @@ _ROWS = typer.Option(help="Rows in whose title this regular expression is found.
 _DEVICE = typer.Option(help="auto, cpu or cuda.")
 _DATA = typer.Option(help="Your copy of a data set that the bundle names by a path.")
 _TRUST = typer.Option("--trust-plugins", help="Run defenses that are not built in.")
-
-
-@APP.command()
-def report(
-    folder: Annotated[Path, typer.Argument(help="The folder that a run has left.")],
-    form: Annotated[str, typer.Option("--format", help="md or csv.")] = "md",
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
-) -> None:
-    """Print a run's table, computed afresh from its records."""
-    from robustdeq.reporting.formats import render
-    from robustdeq.reporting.run import read_run
-
-    del debug
-    run = read_run(folder)
-    typer.echo(render(run.name, run.verdicts, form), nl=False)
 
 
 @APP.command()

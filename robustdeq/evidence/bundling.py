@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,36 @@ def write_examples(path: Path, x: NDArray[np.float32], index: NDArray[np.int64])
     return hashlib.sha256(payload).hexdigest()
 
 
+def first_examples(
+    records: Iterable[Record], first: Mapping[int, str | None], shape: tuple[int, ...]
+) -> dict[int, NDArray[np.float32]]:
+    """By index, the inputs that first broke their samples.
+
+    Args:
+        records: those of the attacks, with pixels.
+        first: per sample, which attack was the first, as in a verdict's `broken_by`.
+        shape: channels, height and width of an image.
+    """
+    found: dict[int, NDArray[np.float32]] = {}
+    for record in records:
+        fallen = record.rows[broken(record.rows)]
+        parts = fallen["made_by"].fillna("")
+        for index, part, pixels in zip(fallen["index"], parts, fallen["adversarial"], strict=True):
+            label = f"{record.meta.label}/{part}" if part else record.meta.label
+            if first.get(int(index)) == label:
+                found.setdefault(int(index), np.frombuffer(pixels, "<f4").reshape(shape))
+    return found
+
+
+def data_name(run: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """The name that a suite, or a submission, has for the data set of a row of `run.json`."""
+    if "submission" in row:
+        return str(row["submission"]["data"])
+    name = row["case"]["dataset"]
+    known = [d["name"] for d in run["suite"]["datasets"]]
+    return str(next(d for d in known if name in (d, Path(d).stem)))
+
+
 class _Writer:
     def __init__(self, store: Store, target: Path, run: Mapping[str, Any], parts: Parts) -> None:
         self.store, self.target, self.run, self.parts = store, target, run, parts
@@ -86,7 +116,7 @@ class _Writer:
         told = BundleRow(
             case=case,
             status="ok",
-            data=self._data(row),
+            data=data_name(self.run, row),
             distribution=added.get("distribution")
             or self.parts.distributions.get(case["defense"], ""),
             track=verdict.track,
@@ -107,16 +137,7 @@ class _Writer:
     def _examples(self, row: Mapping[str, Any], told: BundleRow) -> File:
         """The examples that first broke each sample, from the records of the attacks."""
         first = dict(zip(told.indices, told.broken_by, strict=True))
-        found: dict[int, NDArray[np.float32]] = {}
-        for record in self._records(row, "attack"):
-            fallen = record.rows[broken(record.rows)]
-            parts = fallen["made_by"].fillna("")
-            for index, part, pixels in zip(
-                fallen["index"], parts, fallen["adversarial"], strict=True
-            ):
-                label = f"{record.meta.label}/{part}" if part else record.meta.label
-                if first.get(index) == label:
-                    found.setdefault(int(index), np.frombuffer(pixels, "<f4").reshape(told.shape))
+        found = first_examples(self._records(row, "attack"), first, told.shape)
         wanted = [told.indices[place] for place in told.broken]
         if set(wanted) != set(found):
             raise CaseError(f"records of {told.title} are gone; run the suite again.")
@@ -129,14 +150,6 @@ class _Writer:
         keys = [key for _, held in sorted(row["records"].items()) for key in held]
         read = self.store.read if kind == "attack" else self.store.summary
         return [r for r in map(read, keys) if r is not None and r.meta.kind == kind]
-
-    def _data(self, row: Mapping[str, Any]) -> str:
-        """The data set's name in the suite."""
-        if "submission" in row:
-            return str(row["submission"]["data"])
-        name = row["case"]["dataset"]
-        known = [d["name"] for d in self.run["suite"]["datasets"]]
-        return str(next(d for d in known if name in (d, Path(d).stem)))
 
     def _weights(self, row: Mapping[str, Any]) -> File | None:
         """A copy of the weights under their digest's name, made once."""
@@ -158,7 +171,7 @@ class _Writer:
         )
 
     def _entry(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
-        name, data = row["case"]["id"], self._data(row)
+        name, data = row["case"]["id"], data_name(self.run, row)
         entries: list[dict[str, Any]] = self.run["suite"]["defenses"]
         return next(e for e in entries if e["id"] == name and e["dataset"] in ("", data))
 

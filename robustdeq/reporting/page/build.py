@@ -47,7 +47,9 @@ def render_page(run: RunReport, drawn: Sequence[Drawn] = ()) -> str:
         drawn: figures to show below the table.
     """
     rows = row_views(run)
-    images, share = read_images(run.folder), PICTURES // max(len(rows), 1)
+    places = [run.origin(row.number).folder for row in rows]
+    images = {folder: read_images(folder) for folder in set(places)}
+    share = PICTURES // max(len(rows), 1)
     text: str = (
         environment()
         .get_template("page.html.j2")
@@ -58,7 +60,10 @@ def render_page(run: RunReport, drawn: Sequence[Drawn] = ()) -> str:
             filters=_filters(rows),
             told={key for key, _, _ in _filters(rows)},
             rows=rows,
-            evidences={row.number: evidence_view(run, row.number, images, share) for row in rows},
+            evidences={
+                row.number: evidence_view(run, row.number, images[folder], share)
+                for row, folder in zip(rows, places, strict=True)
+            },
             charts=[_chart(figure) for figure in drawn],
             notes=NOTES,
             scripts=scripts(),

@@ -123,7 +123,7 @@ def _provenance(run: RunReport, number: int) -> dict[str, str]:
     told: dict[str, Any] = {
         "Provided by": row.get("plugin", ""),
         "Parameters": _pairs(case.get("parameters", {})),
-        "Training": _training(run, case),
+        "Training": _training(run.entry(number), case),
         "Weights, SHA-256": case.get("weights_sha256", ""),
         "Source, SHA-256": case.get("source", ""),
         "Data": f"{case['dataset']}, {case.get('split', 'test')}, {case['n']} samples",
@@ -138,15 +138,14 @@ def _environments(evidence: Evidence) -> list[str]:
     return list(dict.fromkeys(_pairs(record.meta.environment) for record in evidence.records))
 
 
-def _training(run: RunReport, case: Mapping[str, Any]) -> str:
+def _training(entry: Mapping[str, Any], case: Mapping[str, Any]) -> str:
     """What the suite says of how the row's weights were trained."""
-    for entry in run.data["suite"].get("defenses", []):
-        training = entry.get("training") if entry.get("id") == case["id"] else None
-        if training:
-            parameters = _pairs(training.get("parameters") or {})
-            where = training.get("threat") or case["threat"]
-            return f"{training.get('recipe')} under {where}; {parameters}".rstrip("; ")
-    return ""
+    training = entry.get("training")
+    if not training:
+        return ""
+    parameters = _pairs(training.get("parameters") or {})
+    where = training.get("threat") or case["threat"]
+    return f"{training.get('recipe')} under {where}; {parameters}".rstrip("; ")
 
 
 def _pairs(values: Any) -> str:

@@ -75,7 +75,7 @@ _Found = tuple[Example, NDArray[np.float64], NDArray[np.float64]]
 def _found(run: RunReport, number: int, images: Images) -> list[_Found]:
     """Examples with their clean and their adversarial image, channels last."""
     evidence, verdict = run.evidences[number], run.verdicts[number]
-    read = cache(run.store.read)
+    read = cache(run.store_of(number).read)
     out: list[_Found] = []
     for index, label, name in _candidates(verdict, images):
         held = _row_of(read, evidence, label, index)
