@@ -16,9 +16,9 @@ from typing import Any
 from robustdeq.contract.attacks import attack_findings
 from robustdeq.contract.defenses import defense_findings
 from robustdeq.contract.findings import Finding, failures
-from robustdeq.contract.form import kind_of
 from robustdeq.contract.recipes import recipe_findings
 from robustdeq.errors import UsageError
+from robustdeq.interfaces import kind_of
 
 __all__ = ["Finding", "assert_contract", "contract_findings"]
 
