@@ -157,9 +157,9 @@ def importable(folder: Path) -> Iterator[None]:
         sys.path.remove(str(folder))
 
 
-def is_file_plugin(plugin: Any) -> bool:
-    """Whether an object's class came from `load_file`."""
-    return type(plugin).__module__.startswith(_PREFIX)
+def is_file_module(name: str) -> bool:
+    """Whether a module's name is one that `load_file` gave."""
+    return name.startswith(_PREFIX)
 
 
 def neighbors(path: Path) -> list[Path]:
