@@ -58,7 +58,7 @@ class NAME:
 '''
 
 ATTACK = '''\
-"""An attack: steps along the gradient, from a random start. Test it: robustdeq check FILE.py"""
+"""An attack: steps along the gradient. Test it with: robustdeq check FILE.py"""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -147,6 +147,7 @@ def _check_free(name: str) -> None:
     kinds: tuple[Kind, ...] = get_args(Kind)
     for kind in kinds:
         if name in registered(kind):
-            raise UsageError(f"a {kind} {name!r} is registered already; give another name.")
+            article = "an" if kind == "attack" else "a"
+            raise UsageError(f"{article} {kind} {name!r} is registered already; name another.")
     if importlib.util.find_spec(name) is not None:
-        raise UsageError(f"a module {name!r} is installed already; give another name.")
+        raise UsageError(f"a module {name!r} is installed already; name another.")
