@@ -6,13 +6,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from robustdeq.errors import UsageError, unknown
-from robustdeq.interfaces import Kind, kind_of
+from robustdeq.interfaces import Kind, kind_of, trained_form
 from robustdeq.keys import file_sha256
 from robustdeq.plugin_files import classes_in, located, public_name, reference
-from robustdeq.registry import registered
+from robustdeq.registry import load, parameters_of, registered
 from robustdeq.suite import AttackEntry, DefenseEntry, Suite
 from robustdeq.weights import read_info
 
@@ -103,6 +103,13 @@ def _id(place: str) -> str:
     return place.rpartition(":")[2] if reference(place) else place
 
 
+def _deployed(defense: str, trained: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of training, but those in which the defense is trained as another one."""
+    plugin = load("defense", defense, {})
+    own, other = parameters_of(plugin), parameters_of(trained_form(plugin))
+    return {name: v for name, v in trained.items() if own.get(name) == other.get(name)}
+
+
 def _weighted(rows: list[DefenseEntry], weights: str, text: str) -> list[DefenseEntry]:
     """The one defense, with its weights and the parameters that these were trained with."""
     if len(rows) != 1:
@@ -121,7 +128,7 @@ def _weighted(rows: list[DefenseEntry], weights: str, text: str) -> list[Defense
     return [
         replace(
             row,
-            parameters=info.parameters,
+            parameters=_deployed(row.defense, info.parameters),
             weights=str(path.resolve()),
             sha256=file_sha256(path),
             dataset=info.dataset,

@@ -29,6 +29,7 @@ from robustdeq.plugin_files import class_in, classes_in, located, public_name
 from robustdeq.plugin_rows import additions
 from robustdeq.registry import load, plugin_class, provider
 from robustdeq.suite import Suite, as_data, expand, find_suite
+from robustdeq.training.run import jobs_of, run_job
 from robustdeq.weights import WeightsInfo, read_info, save_weights
 
 DEFENSE = """
@@ -305,6 +306,55 @@ def test_training_a_file_gives_weights_that_run_takes(
     assert robustdeq_(monkeypatch, capsys, *arguments)[0] == 2
     code, text, err = robustdeq_(monkeypatch, capsys, *arguments, "--trust-plugins")
     assert code == 0, text + err
+
+
+RECIPE = """
+from dataclasses import dataclass
+from robustdeq.training.clean import Clean
+
+@dataclass(frozen=True, kw_only=True)
+class Quick(Clean):
+    epochs: int = 1
+"""
+
+
+def test_a_recipe_can_be_a_file_too(tmp_path: Path) -> None:
+    row = 'weights = "w.safetensors"\ntraining = { recipe = "quick.py", seed = 3 }\n'
+    folder = tmp_path / "one"
+    folder.mkdir()
+    (folder / "quick.py").write_text(RECIPE)
+    suite = suite_in(folder, SUITE + row)
+    (job,) = jobs_of(suite, folder)
+    assert run_job(job, device=torch.device("cpu")).complete
+    info = read_info(folder / "w.safetensors")
+    assert (info.defense, info.recipe, info.seed) == ("file:Mine", "file:Quick", 3)
+    assert str(folder) not in (folder / "w.safetensors").read_bytes().decode("latin-1")
+    assert as_data(suite)["defenses"][0]["training"]["recipe"] == "file:Quick"
+    case, data = expand(suite)[0], load_slice("digits", "test", 4).identity()
+    subject = build_subject(case, data, Source((folder,)), torch.device("cpu"), None)
+    assert subject.case["training_seed"] == 3
+
+
+def test_weights_that_were_trained_in_another_form_are_deployed_in_their_own(
+    tmp_path: Path,
+) -> None:
+    text = (
+        DEFENSE
+        + """
+    purify: bool = True
+    def trained_as(self):
+        from dataclasses import replace
+        return replace(self, purify=False)
+"""
+    )
+    (tmp_path / "pure.py").write_text(text)
+    info = WeightsInfo(
+        "file:Mine", {"log": "a", "purify": False}, "digits", "clean", {}, "", 0, True
+    )
+    save_weights(torch.nn.Linear(1, 1), info, tmp_path / "w.safetensors")
+    more = additions([f"{tmp_path / 'pure.py'}={tmp_path / 'w.safetensors'}"])
+    assert more.defenses[0].parameters == {"log": "a"}
+    assert more.defenses[0].dataset == "digits"
 
 
 def test_a_plugin_without_weights_stands_as_it_is_built(tmp_path: Path) -> None:
