@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from robustdeq.texts import one_line
+
 
 class RobustDEQError(Exception):
     """Base of every error that is shown to the user as one sentence."""
@@ -31,6 +33,5 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
 
 def sentence(error: BaseException) -> str:
     """The first line of what an exception says, with its type where it is not one of ours."""
-    text = " ".join(str(error).split()) or "no message"
-    text = text if len(text) <= 400 else text[:397] + "..."
+    text = one_line(error, 400) or "no message"
     return text if isinstance(error, RobustDEQError) else f"{type(error).__name__}: {text}"

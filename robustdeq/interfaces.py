@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,11 @@ from robustdeq.datasets import DataSpec
 from robustdeq.randomness import SampleRandom
 from robustdeq.shapes import Images, Labels
 from robustdeq.targets import Target
+from robustdeq.texts import one_line
 from robustdeq.threats import Threat
+
+Kind = Literal["defense", "attack", "recipe"]
+_METHODS: dict[Kind, str] = {"defense": "build", "attack": "run", "recipe": "loss"}
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,29 @@ class Recipe(Protocol):
     ) -> Tensor:
         """The scalar loss of one batch; `progress` runs from 0 to 1 over the training."""
         ...
+
+
+def kind_of(cls: Any) -> Kind | None:
+    """What sort of plugin a class (or object) wants to be, by the method that only it has."""
+    if not isinstance(cls, type):
+        cls = type(cls)
+    return next(
+        (kind for kind, name in _METHODS.items() if callable(getattr(cls, name, None))), None
+    )
+
+
+def about_of(plugin: Any) -> dict[str, str]:
+    """What a plugin says of itself, as far as it says it: title, authors, claimed, ...
+
+    Each is one line of printable text, whatever the plugin holds there.
+    """
+    about = getattr(plugin, "about", None)
+    told = {}
+    for field in fields(About):
+        text = one_line(getattr(about, field.name, ""))
+        if text:
+            told[field.name] = text
+    return told
 
 
 def option(plugin: Any, name: str, default: Any) -> Any:

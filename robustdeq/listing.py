@@ -6,7 +6,10 @@ import dataclasses
 from typing import Any, cast
 
 from robustdeq.errors import UsageError, sentence
-from robustdeq.registry import Kind, plugin_class, registered
+from robustdeq.interfaces import Kind, about_of
+from robustdeq.keys import canonical
+from robustdeq.registry import plugin_class, registered
+from robustdeq.texts import one_line
 
 
 def listed(kind: str) -> list[dict[str, Any]]:
@@ -28,16 +31,24 @@ def _plugin(kind: Kind, name: str) -> dict[str, Any]:
         cls = plugin_class(kind, name)
     except UsageError as cause:
         return {**row, "error": sentence(cause)}
-    about = getattr(cls, "about", None)
+    told = about_of(cls)
     first = (cls.__doc__ or "").strip().split("\n")[0]
-    row["about"] = getattr(about, "title", "") or first
-    for part in ("authors", "venue", "link", "claimed", "reproduced"):
-        if text := getattr(about, part, ""):
-            row[part] = text
+    row["about"] = told.pop("title", "") or one_line(first)
+    row |= told
     row["parameters"] = {
-        f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING
+        f.name: _plain(f.default)
+        for f in dataclasses.fields(cls)
+        if f.default is not dataclasses.MISSING
     }
     return row
+
+
+def _plain(value: Any) -> Any:
+    """A parameter's default as JSON data; what has no such form as its text."""
+    try:
+        return canonical(value)
+    except TypeError:
+        return one_line(value)
 
 
 def _suites() -> list[dict[str, Any]]:

@@ -1,7 +1,8 @@
-"""Finds plugins: entry points of installed distributions, in three groups.
+"""Finds plugins: entry points of installed distributions, in three groups, and files by path.
 
 Built-in plugins are found in exactly the way a stranger's are. Listing names imports nothing; a
-plugin that cannot be loaded stops the run.
+plugin that cannot be loaded stops the run. Wherever a name is expected, `FILE.py` or `FILE.py:NAME`
+will do (see `robustdeq.plugin_files`).
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 from robustdeq.errors import UsageError, sentence, unknown
 from robustdeq.interfaces import Attack, Defense, Recipe
+from robustdeq.interfaces import Kind as Kind
+from robustdeq.keys import file_sha256
+from robustdeq.plugin_files import class_in, reference
+from robustdeq.texts import one_line
 
-Kind = Literal["defense", "attack", "recipe"]
+BUILT_IN = "robustdeq"
 _REQUIRED = {"defense": ("about", "build"), "attack": ("needs", "run"), "recipe": ("loss",)}
 
 
@@ -55,12 +60,39 @@ def registered(kind: Kind) -> dict[str, Registered]:
     return dict(sorted(found.items()))
 
 
+class Provider(NamedTuple):
+    """What a plugin comes from: a distribution with its version, or a file with its SHA-256."""
+
+    distribution: str
+    version: str
+
+    def __str__(self) -> str:
+        return f"{self.distribution} {self.version}"
+
+
+def provider(kind: Kind, name: str) -> Provider:
+    """Where a registered name, or a reference to a file, comes from; nothing is imported.
+
+    Raises:
+        UsageError: for an unknown name.
+    """
+    file = reference(name)
+    if file is not None:
+        return Provider(one_line(file.path.name), f"sha256 {file_sha256(file.path)}")
+    plugins = registered(kind)
+    if name not in plugins:
+        raise unknown(kind, name, plugins)
+    return Provider(plugins[name].distribution, plugins[name].version)
+
+
 def plugin_class(kind: Kind, name: str) -> type[Any]:
-    """The plugin class registered under a name.
+    """The plugin class registered under a name, or the one of that kind in a file.
 
     Raises:
         UsageError: if the name is unknown, or its plugin cannot be imported or is malformed.
     """
+    if reference(name) is not None:
+        return _checked(kind, class_in(kind, name), f"{kind} {name!r}")
     plugins = registered(kind)
     if name not in plugins:
         raise unknown(kind, name, plugins)
@@ -73,13 +105,18 @@ def plugin_class(kind: Kind, name: str) -> type[Any]:
             f"{where} cannot be loaded: {sentence(cause)}; repair or uninstall "
             f"{plugin.distribution}."
         ) from cause
+    return _checked(kind, cls, where)
+
+
+def _checked(kind: Kind, cls: Any, where: str) -> type[Any]:
     lacking = [part for part in _REQUIRED[kind] if not hasattr(cls, part)]
     if not isinstance(cls, type) or not dataclasses.is_dataclass(cls) or lacking:
         raise UsageError(
             f"{where} is not a frozen dataclass with {', '.join(_REQUIRED[kind])}; "
             "see the plugin contract in robustdeq/interfaces.py."
         )
-    return cls
+    found: type[Any] = cls
+    return found
 
 
 @overload

@@ -15,6 +15,8 @@ from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_h
 from robustdeq.datasets import check_dataset
 from robustdeq.differentiation import expand_gradients, parse_gradient
 from robustdeq.errors import UsageError, unknown
+from robustdeq.interfaces import Kind
+from robustdeq.plugin_files import PUBLIC, located, public_name
 from robustdeq.registry import load, parameters_of
 from robustdeq.threats import Threat
 
@@ -38,6 +40,7 @@ class DatasetEntry:
 class AttackEntry:
     """An attack, its parameters, and the gradients it is run through, each on its own.
 
+    `attack` is a registered name, `FILE.py` or `FILE.py:NAME`, from the suite's folder.
     `track` restricts it to deterministic or to randomized models. A gradient that differentiates
     through a solve is skipped, with a note, on models that have none.
     """
@@ -69,10 +72,11 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class DefenseEntry:
-    """A row: a registered defense with parameters and weights.
+    """A row: a defense with parameters and weights.
 
     Attributes:
         id: the row's ID, RobustBench style.
+        defense: a registered name, `FILE.py` or `FILE.py:NAME`, from the suite's folder.
         weights: file name, looked for beside the suite, in `--weights` and in the package; empty
             where the plugin's `build` returns a finished model.
         sha256: of that file; empty only where there is no file.
@@ -218,9 +222,28 @@ def parse_suite(text: str, source: str, folder: Path | None) -> Suite:
         if not isinstance(items, list):
             raise UsageError(f"{where}: {key} is no list of tables; write [[{key}]].")
         data[key] = [_entry(cls, item, f"{where}, {key}") for item in items]
-    suite: Suite = _entry(Suite, {**data, "folder": folder}, where)
-    _check(suite, where)
+    suite: Suite = _placed(_entry(Suite, {**data, "folder": folder}, where))
+    check_suite(suite, where)
     return suite
+
+
+def _placed(suite: Suite) -> Suite:
+    """The suite with whole paths in place of its references to files."""
+    return replace(
+        suite,
+        attacks=tuple(
+            replace(e, attack=located("attack", e.attack, suite.folder)) for e in suite.attacks
+        ),
+        defenses=tuple(_placed_row(e, suite.folder) for e in suite.defenses),
+    )
+
+
+def _placed_row(entry: DefenseEntry, folder: Path | None) -> DefenseEntry:
+    training = entry.training
+    if training is not None:
+        training = replace(training, recipe=located("recipe", training.recipe, folder))
+    defense = located("defense", entry.defense, folder)
+    return replace(entry, defense=defense, training=training)
 
 
 def adjusted(
@@ -329,6 +352,7 @@ def resolved(entry: AttackEntry) -> AttackEntry:
     Raises:
         UsageError: for an unknown attack, parameter or gradient.
     """
+    entry = replace(entry, attack=located("attack", entry.attack))
     plugin = load("attack", entry.attack, entry.parameters)
     gradients = tuple(str(parse_gradient(text)) for text in expand_gradients(entry.gradients))
     return replace(entry, parameters=parameters_of(plugin), gradients=gradients)
@@ -355,13 +379,29 @@ def expand(suite: Suite) -> list[Case]:
 
 
 def as_data(suite: Suite) -> dict[str, Any]:
-    """The suite as JSON data."""
-    data = asdict(suite)
+    """The suite as JSON data, without the places of its files on this machine."""
+    data = asdict(replace(suite, defenses=tuple(map(_public_row, suite.defenses))))
     data.pop("folder")
+    for entry in data["attacks"]:
+        entry["attack"] = public_name("attack", entry["attack"])
     return data
 
 
-def _check(suite: Suite, where: str) -> None:
+def _public_row(entry: DefenseEntry) -> DefenseEntry:
+    training = entry.training
+    if training is not None:
+        training = replace(training, recipe=public_name("recipe", training.recipe))
+    weights = Path(entry.weights).name if Path(entry.weights).is_absolute() else entry.weights
+    defense = public_name("defense", entry.defense)
+    return replace(entry, defense=defense, weights=weights, training=training)
+
+
+def check_suite(suite: Suite, where: str) -> None:
+    """Look up all that a suite names.
+
+    Raises:
+        UsageError: naming the first thing that is wrong.
+    """
     for part in ("datasets", "threats", "defenses"):
         if not getattr(suite, part):
             raise UsageError(f"{where} lists no {part}; name at least one.")
@@ -379,10 +419,24 @@ def _check(suite: Suite, where: str) -> None:
             raise UsageError(
                 f"{where}: row {entry.id} names data set {entry.dataset!r}, which the suite lacks."
             )
+    _check_files(suite, where)
     rows = Counter((c.entry.id, c.dataset.name, str(c.threat)) for c in expand(suite))
     (row, count), *_ = rows.most_common(1)
     if count > 1:
         raise UsageError(f"{where} has {count} rows {row[0]} on {row[1]}; give each its own id.")
+
+
+def _check_files(suite: Suite, where: str) -> None:
+    """Refuse two files whose plugins would bear one name in the records."""
+    used: dict[tuple[Kind, str], str] = {}
+    names: list[tuple[Kind, str]] = [("defense", e.defense) for e in suite.defenses]
+    names += [("attack", e.attack) for e in suite.attacks]
+    for kind, name in names:
+        public = public_name(kind, name)
+        if used.setdefault((kind, public), name) != name:
+            raise UsageError(
+                f"{where}: two files define the {kind} {public.removeprefix(PUBLIC)}; rename one."
+            )
 
 
 def _entry(cls: type[T], item: Any, where: str) -> T:

@@ -110,8 +110,10 @@ def verify_sha256(path: Path, expected: str) -> None:
         )
 
 
-def check_matches(info: WeightsInfo, expected: dict[str, Any], path: Path) -> None:
-    """Refuse weights whose metadata differ from what the suite says of them.
+def check_matches(
+    info: WeightsInfo, expected: dict[str, Any], path: Path, by: str = "the suite"
+) -> None:
+    """Refuse weights whose metadata differ from what is expected of them, by the suite mostly.
 
     A plugin's parameter that is younger than the file stands at its default there, which must mean
     what the plugin did before it had the parameter.
@@ -123,7 +125,7 @@ def check_matches(info: WeightsInfo, expected: dict[str, Any], path: Path) -> No
     for name, wanted in canonical(expected).items():
         if found.get(name) != wanted:
             raise CaseError(
-                f"weights {path} say {name} = {found.get(name)!r}, but the suite says {wanted!r}; "
+                f"weights {path} say {name} = {found.get(name)!r}, but {by} says {wanted!r}; "
                 "name the weights that belong to this row."
             )
 

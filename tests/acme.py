@@ -1,11 +1,18 @@
-"""Installs a small third-party distribution of plugins into a folder, as pip would leave it."""
+"""Third-party distributions: misbehaving plugins as pip would leave them, and a real one by pip.
+
+The real one is `tests/acme_deq/`.
+"""
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+SOURCE = Path(__file__).parent / "acme_deq"
 
 PLUGINS = '''
 from __future__ import annotations
@@ -115,11 +122,37 @@ crash = acme_plugins:Crash
 
 def install(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str = "acme-defenses") -> None:
     """Put the distribution on sys.path, for this process and those it starts."""
-    (folder / "acme_plugins.py").write_text(PLUGINS)
+    register(folder, name, ENTRY_POINTS, "acme_plugins", PLUGINS)
+    use(folder, monkeypatch)
+    sys.modules.pop("acme_plugins", None)
+
+
+def install_wheel(folder: Path) -> None:
+    """Build the wheel of `tests/acme_deq/` and install it into an empty folder, without a net."""
+    source = folder.parent / "acme_source"
+    shutil.copytree(SOURCE, source)
+    pip = [sys.executable, "-m", "pip"]
+    if subprocess.run([*pip, "--version"], capture_output=True, check=False).returncode:
+        found = shutil.which("pip")
+        if found is None:
+            pytest.skip("pip is not here")
+        pip = [found, "--python", sys.executable]
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--no-cache-dir"]
+    command = [*pip, "install", *options, "--target", str(folder), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def register(folder: Path, name: str, entry_points: str, module: str, text: str) -> None:
+    """Leave a module and the metadata of its distribution in a folder."""
+    (folder / f"{module}.py").write_text(text, encoding="utf-8")
     info = folder / f"{name.replace('-', '_')}-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(ENTRY_POINTS)
+    (info / "entry_points.txt").write_text(entry_points)
+
+
+def use(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put a folder on the import path, of this process and of those it starts."""
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setenv("PYTHONPATH", str(folder))
-    sys.modules.pop("acme_plugins", None)

@@ -18,14 +18,17 @@ ROOT = Path(__file__).resolve().parent.parent
 CORE = ROOT / "robustdeq"
 # Each may import only from groups that stand before its own (or from its own group).
 ORDER = [
+    ["texts"],
     ["errors", "keys", "shapes", "files"],
     ["threats", "records", "datasets", "randomness", "statistics"],
     ["equilibrium"],
     ["differentiation"],
     ["targets"],
     ["interfaces"],
+    ["plugin_files"],
     ["registry"],
     ["suite", "weights", "listing"],
+    ["plugin_rows"],
     ["verdict", "tables", "comparison", "reporting"],
     ["evaluation", "training", "evidence", "contract"],
     ["cli"],
@@ -69,6 +72,7 @@ def test_reports_read_records_alone() -> None:
             "errors",
             "files",
             "keys",
+            "texts",
             "statistics",
         } | READS_RECORDS_ALONE
         files = [CORE / f"{name}.py", *(CORE / name).rglob("*.py")]

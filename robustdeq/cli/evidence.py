@@ -14,6 +14,7 @@ from robustdeq.errors import UsageError
 _ROWS = typer.Option(help="Rows in whose title this regular expression is found.")
 _DEVICE = typer.Option(help="auto, cpu or cuda.")
 _DATA = typer.Option(help="Your copy of a data set that the bundle names by a path.")
+_PLUGIN = typer.Option(help="Your copy of a defense that the bundle's maker had in a file.")
 _TRUST = typer.Option("--trust-plugins", help="Run defenses that are not built in.")
 
 
@@ -34,6 +35,7 @@ def verify(
         Path | None, typer.Option(help="Folder with weights that the bundle lacks.")
     ] = None,
     data: Annotated[Path | None, _DATA] = None,
+    plugin: Annotated[list[str] | None, _PLUGIN] = None,
     trust_plugins: Annotated[bool, _TRUST] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
@@ -42,7 +44,7 @@ def verify(
     from robustdeq.evidence.verify import verify_bundle
 
     del debug
-    setting = _setting(batch_size, device, weights, data, trust_plugins)
+    setting = _setting(batch_size, device, weights, data, trust_plugins, plugin or [])
     report = verify_bundle(bundle, rows=rows, setting=setting)
     _print_report(report)
     held = report.ok
@@ -65,6 +67,7 @@ def submit(
     rows: Annotated[str | None, _ROWS] = None,
     device: Annotated[str, _DEVICE] = "auto",
     data: Annotated[Path | None, _DATA] = None,
+    plugin: Annotated[list[str] | None, _PLUGIN] = None,
     trust_plugins: Annotated[bool, _TRUST] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
@@ -73,7 +76,7 @@ def submit(
     from robustdeq.evidence.submit import submit_examples
 
     del debug
-    setting = _setting(None, device, None, data, trust_plugins)
+    setting = _setting(None, device, None, data, trust_plugins, plugin or [])
     if path.is_dir():
         if row is not None:
             raise UsageError("--row is for a file of examples; choose a bundle's rows with --rows.")
@@ -87,9 +90,15 @@ def submit(
 
 
 def _setting(
-    batch_size: int | None, device: str, weights: Path | None, data: Path | None, trust: bool
+    batch_size: int | None,
+    device: str,
+    weights: Path | None,
+    data: Path | None,
+    trust: bool,
+    plugins: list[str],
 ) -> Any:
     from robustdeq.evidence.rescoring import Setting, data_at, installed
+    from robustdeq.plugin_files import located, public_name
 
     return Setting(
         batch_size=batch_size,
@@ -97,6 +106,7 @@ def _setting(
         weights=weights,
         data=installed if data is None else data_at(data),
         allow_plugins=trust,
+        files={public_name("defense", p): located("defense", p) for p in plugins},
     )
 
 

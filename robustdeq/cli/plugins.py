@@ -1,8 +1,9 @@
-"""`robustdeq list` and `check`."""
+"""`robustdeq list`, `check` and `new`."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -10,6 +11,7 @@ from rich.markup import escape
 
 from robustdeq.cli.console import APP, OUT
 from robustdeq.errors import unknown
+from robustdeq.texts import one_line
 
 KINDS = ("defenses", "attacks", "recipes", "suites", "datasets")
 
@@ -61,8 +63,8 @@ def _print_entry(row: dict[str, Any]) -> None:
 
 def _cell(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{k}={v}" for k, v in value.items())
-    return str(value)
+        return ", ".join(f"{k}={one_line(v)}" for k, v in value.items())
+    return one_line(value)
 
 
 @APP.command()
@@ -88,3 +90,32 @@ def check(
         OUT.print(escape(line), highlight=False)
     if not report.ok:
         raise typer.Exit(1)
+
+
+@APP.command()
+def new(
+    kind: Annotated[str, typer.Argument(help="defense or attack.")],
+    name: Annotated[str, typer.Argument(help="Of the file, without .py: my_deq.")],
+    out: Annotated[Path, typer.Option(help="The folder to write it to.")] = Path(),
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Write a small plugin to begin with, which passes 'robustdeq check' as it stands."""
+    from robustdeq.contract.templates import write_template
+
+    del debug
+    path = write_template(kind, name, out)
+    OUT.print(f"wrote {escape(str(path))}; edit it, then:", highlight=False)
+    for command in _next(kind, path):
+        OUT.print(f"  robustdeq {escape(command)}", highlight=False)
+
+
+def _next(kind: str, path: Path) -> list[str]:
+    """The commands that take a new plugin into the table."""
+    if kind == "attack":
+        return [f"check {path}", f"run digits --plugin {path}"]
+    weights = path.with_suffix(".safetensors")
+    return [
+        f"check {path}",
+        f"train {path} --dataset digits --out {weights}",
+        f"run digits --plugin {path}={weights}",
+    ]

@@ -41,6 +41,14 @@ def run(
     batch_size: Annotated[int | None, typer.Option(help="Most rows in one forward pass.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes at a time; one per core.")] = None,
     weights: Annotated[Path | None, typer.Option(help="Folder that is looked in first.")] = None,
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="FILE.py[:NAME] or a name, beside the suite's own: its defenses as rows, its "
+            "attacks on all rows. FILE.py=WEIGHTS.safetensors for a trained defense; one without "
+            "weights is evaluated as it is built. May be given several times."
+        ),
+    ] = None,
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Only say what it will cost.")
     ] = False,
@@ -48,12 +56,16 @@ def run(
 ) -> None:
     """Run a suite and write its leaderboard; what was computed before is not computed again."""
     from robustdeq.evaluation.run import Options, run_suite
-    from robustdeq.suite import adjusted, find_suite
+    from robustdeq.plugin_rows import additions
+    from robustdeq.suite import adjusted, check_suite, find_suite
 
     del debug
     if workers is not None and workers < 1:
         raise UsageError(f"--workers is {workers}; give at least 1.")
-    chosen = adjusted(find_suite(suite), samples, battery, only, threat, curves, autoattack)
+    more = additions(plugin or [])
+    wide = more.rows_in(find_suite(suite))
+    chosen = more.attacks_in(adjusted(wide, samples, battery, only, threat, curves, autoattack))
+    check_suite(chosen, f"suite {chosen.name} with --plugin" if plugin else f"suite {chosen.name}")
     if estimate:
         _print_estimate(chosen, device, weights, workers)
         return

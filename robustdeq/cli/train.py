@@ -14,14 +14,16 @@ from robustdeq.errors import UsageError, unknown
 
 @APP.command()
 def train(
-    defense: Annotated[str | None, typer.Argument(help="A registered defense.")] = None,
+    defense: Annotated[
+        str | None, typer.Argument(help="A registered defense, FILE.py or FILE.py:NAME.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="FILE.safetensors; a folder with --suite.")] = Path(
         "weights"
     ),
     dataset: Annotated[str, typer.Option(help="A data set's name or path.")] = "digits",
     threat: Annotated[str, typer.Option(help="As in Linf:8/255.")] = "Linf:8/255",
     recipe: Annotated[
-        str | None, typer.Option(help="A registered recipe; the defense's own.")
+        str | None, typer.Option(help="A registered recipe, or a file's; the defense's own.")
     ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="A defense's parameter, KEY=VALUE.")
@@ -49,8 +51,12 @@ def train(
     ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
-    """Train a defense, or all of a suite's, and write safetensors with their metadata."""
+    """Train a defense, or all of a suite's, and write safetensors with their metadata.
+
+    Weights of a file's defense are then evaluated with 'robustdeq run --plugin FILE.py=WEIGHTS'.
+    """
     from robustdeq.evaluation.subject import pick_device
+    from robustdeq.plugin_files import located
     from robustdeq.registry import load
     from robustdeq.suite import Augmentation, find_suite, pattern
     from robustdeq.training.run import Job, jobs_of, suited
@@ -69,8 +75,9 @@ def train(
     else:
         assert defense is not None
         parameters = _assignments(set_ or [])
+        defense = located("defense", defense)
         plugin = load("defense", defense, parameters)
-        named = recipe or plugin.recipe
+        named = located("recipe", recipe or plugin.recipe)
         jobs = [
             Job(
                 defense=defense,
@@ -142,10 +149,10 @@ def _train_all(
             unfinished += 1
             continue
         with Progress(console=OUT, disable=not OUT.is_terminal) as progress:
-            task = progress.add_task(f"{job.recipe} {job.defense}", total=None)
+            task = progress.add_task(escape(job.title), total=None)
 
             def show(p: Any, progress: Any = progress, task: Any = task, job: Any = job) -> None:
-                text = f"{job.recipe} {job.defense}, loss {p.loss:.3f}"
+                text = f"{escape(job.title)}, loss {p.loss:.3f}"
                 progress.update(task, completed=p.step, total=p.steps, description=text)
 
             trained = run_job(job, device=device, precision=precision, minutes=left, report=show)

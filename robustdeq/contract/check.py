@@ -12,15 +12,14 @@ from torch import nn
 from robustdeq.contract import contract_findings
 from robustdeq.contract.defenses import build
 from robustdeq.contract.findings import Finding, failures
-from robustdeq.contract.form import kind_of
 from robustdeq.contract.source import plugin_classes
 from robustdeq.datasets import Slice, load_slice
 from robustdeq.errors import RobustDEQError, sentence
 from robustdeq.evaluation.gate import Row, run_checks
 from robustdeq.evaluation.gate.rules import RULES
 from robustdeq.evaluation.subject import chunk_of
-from robustdeq.interfaces import Defense, Recipe, option, trained_form
-from robustdeq.registry import Kind, load
+from robustdeq.interfaces import Defense, Kind, Recipe, kind_of, option, trained_form
+from robustdeq.registry import load
 from robustdeq.targets import Target
 from robustdeq.threats import Threat
 from robustdeq.training.loop import train

@@ -8,8 +8,10 @@ import typing
 from typing import Any
 
 from robustdeq.contract.findings import Finding, Findings
+from robustdeq.interfaces import About, Kind
 from robustdeq.keys import canonical, canonical_json
-from robustdeq.registry import Kind, parameters_of
+from robustdeq.registry import parameters_of
+from robustdeq.texts import LONGEST
 
 MEMBERS: dict[Kind, tuple[str, ...]] = {
     "defense": ("about", "recipe", "build"),
@@ -19,16 +21,6 @@ MEMBERS: dict[Kind, tuple[str, ...]] = {
 
 _OPTIONAL = ("scope", "phase", "suited", "gradient", "solver_steps")
 """Members that a plugin may have besides; they need no annotation."""
-
-
-def kind_of(cls: Any) -> Kind | None:
-    """What sort of plugin a class wants to be, by the method that only it has."""
-    methods: dict[Kind, str] = {"defense": "build", "attack": "run", "recipe": "loss"}
-    if not isinstance(cls, type):
-        cls = type(cls)
-    return next(
-        (kind for kind, name in methods.items() if callable(getattr(cls, name, None))), None
-    )
 
 
 def form(plugin: Any, kind: Kind) -> list[Finding]:
@@ -44,6 +36,12 @@ def form(plugin: Any, kind: Kind) -> list[Finding]:
         "Add what is missing; see robustdeq/interfaces.py.",
         lambda: _missing(cls, kind),
     )
+    if "about" in MEMBERS[kind]:
+        found.run(
+            "about",
+            'Say about = About(title="..."), each part one line of text.',
+            lambda: _mute(getattr(cls, "about", None)),
+        )
     found.run(
         "annotated_fields",
         "Annotate each parameter with int, float, str, bool, a Literal or a tuple of them.",
@@ -72,6 +70,19 @@ def _frozen(cls: type) -> str:
 def _missing(cls: type, kind: Kind) -> str:
     lacking = [name for name in MEMBERS[kind] if not hasattr(cls, name)]
     return f"a {kind} lacks {', '.join(lacking)}" if lacking else ""
+
+
+def _mute(about: Any) -> str:
+    """What keeps `about` from being shown as it is."""
+    if not isinstance(about, About):
+        return f"about is {type(about).__name__}, not a robustdeq.interfaces.About"
+    for field in dataclasses.fields(About):
+        text = getattr(about, field.name)
+        if not isinstance(text, str):
+            return f"{field.name} is {type(text).__name__}, not text"
+        if not text.isprintable() or len(text) > LONGEST:
+            return f"{field.name} has control characters, or more than {LONGEST} characters"
+    return "" if about.title.strip() else "title is empty"
 
 
 def _untyped(cls: type) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 from robustdeq.datasets import SliceIdentity, spec_of
 from robustdeq.equilibrium import parameter_dtype
 from robustdeq.errors import CaseError, UsageError, unknown
+from robustdeq.evaluation.built import as_module
 from robustdeq.evaluation.chain import Chain, Chunk, Event, Memory, Subject
 from robustdeq.evaluation.provenance import core_digest
 from robustdeq.evaluation.stages import Stage, attack_stage, attack_stages, unique
 from robustdeq.evaluation.subject import build_subject, chunk_count, weights_source
-from robustdeq.interfaces import Attack
+from robustdeq.interfaces import Attack, Defense
 from robustdeq.keys import digest
 from robustdeq.records import FORMAT
 from robustdeq.shapes import Images
@@ -38,10 +40,11 @@ AttackLike = str | AttackEntry | Attack
 
 
 def evaluate(
-    model: nn.Module,
+    model: nn.Module | Defense,
     x: Tensor,
     y: Tensor,
     *,
+    weights: str | Path | None = None,
     threat: str | Threat = "Linf:8/255",
     battery: str = "standard",
     attacks: Sequence[AttackLike] | None = None,
@@ -58,12 +61,15 @@ def evaluate(
 
     Args:
         model: a module from (batch, channels, height, width) float32 in [0, 1] to logits
-            (batch, classes), two classes or more, with any normalization inside.
+            (batch, classes), two classes or more, with any normalization inside; or a defense
+            plugin, such as `MyDEQ(width=64)`, which is built for the shape of `x`.
         x: images, floating point in [0, 1], (n, channels, height, width).
         y: labels, (n,), integers from 0.
+        weights: a file of 'robustdeq train', for a plugin; without one it is evaluated as it is
+            built under `seed`, for as many classes as `y` shows.
         threat: as in "Linf:8/255" or "L2:0.5".
         battery: a named list of attacks, "standard" for AutoAttack.
-        attacks: a list of attacks in place of the battery: names, entries or attack objects.
+        attacks: a list of attacks in place of the battery: names, files, entries or objects.
         seed: of all attacks; equal seeds give equal results on one machine.
         chunk: samples that a library attack is given as one batch.
         batch_size: most rows in one forward pass, to bound memory; changes no result.
@@ -73,18 +79,20 @@ def evaluate(
 
     Raises:
         UsageError: if inputs, threat, battery or attacks are not what they must be.
-        CaseError: if the model does not return finite logits of the right shape on clean inputs.
+        CaseError: if the model does not return finite logits of the right shape on clean inputs, or
+            the weights do not belong to the plugin.
     """
     threat = threat if isinstance(threat, Threat) else Threat.parse(threat)
     if chunk < 1 or (batch_size is not None and batch_size < 1):
         raise UsageError(f"chunk={chunk} and batch_size={batch_size} must be at least 1.")
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"model is a {type(model).__name__}; give a torch.nn.Module.")
     # A model alone has no other rows to take examples from.
     stages = tuple(stage for stage in _stages(battery, attacks) if stage.phase == 1)
-    where = _device(model, device)
-    images, labels = _checked_inputs(x, y, where)
-    subject = _subject(model, images, labels, threat, seed, chunk, batch_size, where, name)
+    _check_inputs(x, y)
+    module = as_module(model, x, y, weights, seed, device)
+    where = _device(module, device)
+    images, labels = x.detach().to(where).float(), y.detach().to(where).long()
+    name = name or type(model).__name__
+    subject = _subject(module, images, labels, threat, seed, chunk, batch_size, where, name)
     return _run(subject, images, labels, chunk, stages, report)
 
 
@@ -196,7 +204,7 @@ def _device(model: nn.Module, device: str | torch.device | None) -> torch.device
     return wanted
 
 
-def _checked_inputs(x: Tensor, y: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+def _check_inputs(x: Tensor, y: Tensor) -> None:
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):
         raise UsageError("x and y must be tensors; convert them with torch.as_tensor.")
     if x.dim() != 4 or not x.is_floating_point():
@@ -213,7 +221,6 @@ def _checked_inputs(x: Tensor, y: Tensor, device: torch.device) -> tuple[Tensor,
         raise UsageError("x has pixels outside [0, 1]; scale it, and normalize inside the model.")
     if int(y.min()) < 0:
         raise UsageError(f"y has the label {int(y.min())}; labels count from 0.")
-    return x.detach().to(device).float(), y.detach().to(device).long()
 
 
 def _subject(
@@ -225,7 +232,7 @@ def _subject(
     chunk: int,
     batch_size: int | None,
     device: torch.device,
-    name: str | None,
+    name: str,
 ) -> Subject:
     classes = _count_classes(model, x[:1])
     if int(y.max()) >= classes:
@@ -233,7 +240,7 @@ def _subject(
     sha = state_sha256(model)
     case = {
         "format": FORMAT,
-        "id": name or type(model).__name__,
+        "id": name,
         "defense": type(model).__qualname__,
         "weights_sha256": sha,
         "dataset": "tensors",

@@ -11,7 +11,7 @@ import multiprocessing as mp
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import dataclass, replace
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -24,8 +24,9 @@ from robustdeq.evaluation.chain import Chain, Event
 from robustdeq.evaluation.pools import row_pool
 from robustdeq.evaluation.stages import attack_stages
 from robustdeq.evaluation.subject import Source, build_subject, chunk_of
+from robustdeq.interfaces import Kind, about_of
 from robustdeq.records import Record, Store
-from robustdeq.registry import Kind, plugin_class, registered
+from robustdeq.registry import BUILT_IN, plugin_class, provider
 from robustdeq.suite import AttackEntry, Case, Curves
 
 _SAFE_PATH = "PYTHONSAFEPATH"
@@ -132,7 +133,7 @@ def held_events(task: Task) -> list[Event | Plan] | None:
     """
     names: list[tuple[Kind, str]] = [("defense", task.case.entry.defense)]
     names += [("attack", entry.attack) for entry in task.attacks]
-    if any(registered(kind)[name].distribution != "robustdeq" for kind, name in names):
+    if any(provider(kind, name).distribution != BUILT_IN for kind, name in names):
         return None
     try:
         return list(_events(replace(task, read_only=True)))
@@ -141,9 +142,7 @@ def held_events(task: Task) -> list[Event | Plan] | None:
 
 
 def _about(task: Task) -> dict[str, str]:
-    about = plugin_class("defense", task.case.entry.defense).about
-    held = asdict(about) if is_dataclass(about) and not isinstance(about, type) else {}
-    return {key: str(value) for key, value in held.items() if value}
+    return about_of(plugin_class("defense", task.case.entry.defense))
 
 
 class _ReadOnly(Store):

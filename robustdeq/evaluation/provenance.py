@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import robustdeq
+from robustdeq.plugin_files import is_file_module, neighbors
 
 _LIBRARIES = ("torch", "numpy", "pyautoattack", "autoattack")
 # The parts of the core whose source decides a figure; the command line and the reports do not.
@@ -75,7 +76,8 @@ def source_digest(plugin: Any) -> str:
     """SHA-256 over a plugin's source: its file and the Python files beside it that it imports.
 
     A single module counts alone; a module of a package with what it imports of that package for our
-    own plugins, with the whole package for others'. Empty where there is no source.
+    own plugins, with the whole package for others'. A plugin that was named by its file counts with
+    its neighbors, and its own name and place do not count. Empty where there is no source.
     """
     try:
         file = Path(inspect.getfile(type(plugin)))
@@ -88,6 +90,11 @@ def source_digest(plugin: Any) -> str:
 def _plugin_digest(file: Path, module: str) -> str:
     if not file.is_file():
         return ""
+    if is_file_module(module):
+        content = hashlib.sha256(file.read_bytes()).hexdigest()
+        return hashlib.sha256(
+            f"{content}{_digest(neighbors(file), file.parent)}".encode()
+        ).hexdigest()
     if module.startswith("robustdeq."):
         return _digest(sorted(_imported_beside(file, set())), file.parent)
     if "." in module:

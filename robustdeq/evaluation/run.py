@@ -29,8 +29,9 @@ from robustdeq.evidence.submissions import FILE as SUBMISSIONS
 from robustdeq.evidence.submissions import added, write_json
 from robustdeq.files import make_folder, write_atomically
 from robustdeq.keys import digest
+from robustdeq.plugin_files import public_name, reference
 from robustdeq.records import Record, Store
-from robustdeq.registry import registered
+from robustdeq.registry import provider
 from robustdeq.reporting.formats import write_tables
 from robustdeq.reporting.images import KEPT, write_images
 from robustdeq.reporting.run import read_run
@@ -271,18 +272,25 @@ class _Running:
         parts = Parts(
             shapes={d.spec.name: d.images.shape[1:] for d in self.slices.values()},
             weights=weights_source(self.suite, self.options.weights).folders,
-            distributions={n: p.distribution for n, p in registered("defense").items()},
+            distributions={
+                public_name("defense", e.defense): provider("defense", e.defense).distribution
+                for e in self.suite.defenses
+            },
         )
-        setting = Setting(device=str(self.device), data=load_slice, allow_plugins=True)
+        files = {
+            public_name("defense", e.defense): e.defense
+            for e in self.suite.defenses
+            if reference(e.defense) is not None
+        }
+        setting = Setting(device=str(self.device), data=load_slice, allow_plugins=True, files=files)
         run = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
         write_bundle(self.folder, run, self.verdicts, parts)
         if rescore_stale(self.folder, setting=setting):
             self._count_submissions()
 
     def _plugin(self, case: Case) -> str:
-        """Which distribution provides a row's defense, with its version."""
-        held = registered("defense")[case.entry.defense]
-        return f"{held.distribution} {held.version}"
+        """What provides a row's defense: distribution and version, or file and SHA-256."""
+        return str(provider("defense", case.entry.defense))
 
     def _publish_curves(self) -> None:
         evidences = [row.evidence(self.store.summary) for row in self.rows]

@@ -12,6 +12,7 @@ from robustdeq.errors import UsageError
 from robustdeq.evaluation.provenance import source_digest
 from robustdeq.interfaces import Attack, Scope, option
 from robustdeq.keys import canonical
+from robustdeq.plugin_files import public_name
 from robustdeq.records import Kind
 from robustdeq.registry import load, parameters_of
 from robustdeq.suite import AttackEntry, Curves
@@ -71,8 +72,9 @@ def attack_stages(entries: tuple[AttackEntry, ...]) -> tuple[Stage, ...]:
     stages: list[Stage] = []
     for entry in entries:
         plugin = load("attack", entry.attack, entry.parameters)
+        name = public_name("attack", entry.attack)
         stages += [
-            attack_stage(plugin, entry.attack, gradient, entry.value, entry.track)
+            attack_stage(plugin, name, gradient, entry.value, entry.track)
             for gradient in entry.gradients
         ]
     return unique(stages)

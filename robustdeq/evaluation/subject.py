@@ -18,10 +18,11 @@ from robustdeq.evaluation.judge import seeded
 from robustdeq.evaluation.provenance import source_digest
 from robustdeq.interfaces import trained_form
 from robustdeq.keys import canonical, digest, file_sha256
+from robustdeq.plugin_files import public_name, reference
 from robustdeq.randomness import derived_seed
 from robustdeq.records import FORMAT
 from robustdeq.registry import load, parameters_of
-from robustdeq.suite import Case, Suite
+from robustdeq.suite import Case, DefenseEntry, Suite
 from robustdeq.weights import (
     WeightsInfo,
     check_matches,
@@ -60,11 +61,16 @@ class Source:
 
 
 def weights_source(suite: Suite, folder: Path | None) -> Source:
-    """--weights, the suite's own folder, $ROBUSTDEQ_WEIGHTS, and what ships with the package."""
+    """--weights, the suite's own folder, $ROBUSTDEQ_WEIGHTS, and what ships with the package.
+
+    Last, the folders of weights that rows name by their whole path: their names alone are kept.
+    """
     named = os.environ.get(WEIGHTS_VARIABLE)
     packaged = Path(str(resources.files("robustdeq.zoo")))
     places = (folder, suite.folder, Path(named) if named else None, packaged)
-    return Source(tuple(place for place in places if place is not None))
+    whole = [Path(entry.weights) for entry in suite.defenses]
+    own = dict.fromkeys(path.parent for path in whole if path.is_absolute())
+    return Source((*(place for place in places if place is not None), *own))
 
 
 def build_subject(
@@ -78,11 +84,12 @@ def build_subject(
     """
     entry = case.entry
     defense = load("defense", entry.defense, entry.parameters)
+    name = public_name("defense", entry.defense)
     path = source.find(entry.weights) if entry.weights else None
     complete = True
     if path is not None:
         verify_sha256(path, entry.sha256)
-        info = _resolved(read_info(path))
+        info = _resolved(read_info(path), entry)
         check_matches(info, _expected(case), path)
         complete = info.complete
     try:
@@ -91,7 +98,7 @@ def build_subject(
     except RobustDEQError:
         raise
     except Exception as cause:
-        raise CaseError(f"defense {entry.defense!r} cannot be built: {sentence(cause)}") from cause
+        raise CaseError(f"defense {name!r} cannot be built: {sentence(cause)}") from cause
     if path is not None:
         load_weights(model, path)
         # The file's weights are final; without this, FAB's backward passes fill their gradients.
@@ -99,7 +106,7 @@ def build_subject(
     described = {
         "format": FORMAT,
         "id": entry.id,
-        "defense": entry.defense,
+        "defense": name,
         "parameters": canonical(parameters_of(defense)),
         "source": source_digest(defense),
         "weights_sha256": state_sha256(model) if path is None else file_sha256(path),
@@ -132,7 +139,7 @@ def _expected(case: Case) -> dict[str, Any]:
     entry = case.entry
     defense = trained_form(load("defense", entry.defense, entry.parameters))
     expected: dict[str, Any] = {
-        "defense": entry.defense,
+        "defense": public_name("defense", entry.defense),
         "parameters": parameters_of(defense),
         "dataset": case.dataset.name,
     }
@@ -140,7 +147,7 @@ def _expected(case: Case) -> dict[str, Any]:
         recipe = load("recipe", entry.training.recipe, entry.training.parameters)
         threat = entry.training.threat or str(case.threat)
         expected |= {
-            "recipe": entry.training.recipe,
+            "recipe": public_name("recipe", entry.training.recipe),
             "recipe_parameters": parameters_of(recipe),
             "threat": threat if recipe.adversarial else "",
             "seed": entry.training.seed,
@@ -164,10 +171,14 @@ def _siblings(case: Case) -> dict[str, Any]:
     }
 
 
-def _resolved(info: WeightsInfo) -> WeightsInfo:
+def _resolved(info: WeightsInfo, entry: DefenseEntry) -> WeightsInfo:
     """Metadata with the defaults of parameters that are younger than the file."""
+    # The metadata may be a stranger's: code is taken from where the row says, never from there.
+    own = entry.defense if public_name("defense", entry.defense) == info.defense else info.defense
+    if reference(info.defense) is not None or reference(info.recipe) is not None:
+        return info
     try:
-        defense = parameters_of(load("defense", info.defense, info.parameters))
+        defense = parameters_of(load("defense", own, info.parameters))
         recipe = parameters_of(load("recipe", info.recipe, info.recipe_parameters))
     except UsageError:
         return info  # of a plugin that is not there: the comparison names what differs
@@ -211,7 +222,7 @@ def described_case(case: Case, n: int) -> dict[str, Any]:
     """What a row says where its model could not even be built."""
     return {
         "id": case.entry.id,
-        "defense": case.entry.defense,
+        "defense": public_name("defense", case.entry.defense),
         "dataset": case.dataset.name,
         "threat": str(case.threat),
         "n": n,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,14 @@ from robustdeq.evaluation.judge import DRAWS, Judge, Judgment
 from robustdeq.evaluation.subject import Source, build_subject, chunk_of, pick_device
 from robustdeq.evidence.bundle import Bundle, BundleRow
 from robustdeq.keys import canonical_json, digest
-from robustdeq.registry import registered
+from robustdeq.plugin_files import PUBLIC
+from robustdeq.registry import BUILT_IN, provider, registered
 from robustdeq.shapes import Images, Labels
 from robustdeq.suite import Case, DatasetEntry, DefenseEntry
 from robustdeq.threats import Threat, Violation
 
 BORDERLINE = 1e-4
 """Margin (top logit minus the label's, or the reverse) that another machine's rounding can turn."""
-BUILT_IN = "robustdeq"
 NOTHING_TO_BREAK = "the clean image is misclassified already: there was nothing to break"
 _DECISIVE = (
     "defense", "parameters", "weights_sha256", "dataset", "classes", "split", "n", "digest",
@@ -69,7 +69,8 @@ class Setting:
             multiple of, so that figures which depend on the batch are found.
         weights: a folder with weights that the bundle does not hold.
         data: gives a data set by name.
-        allow_plugins: whether code of other distributions may be run.
+        allow_plugins: whether code of other distributions, and of files, may be run.
+        files: where plugins are that come from files, by the name that rows have for them.
     """
 
     batch_size: int | None = None
@@ -77,6 +78,7 @@ class Setting:
     weights: Path | None = None
     data: Loader = installed
     allow_plugins: bool = False
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,10 +145,10 @@ def rebuild(bundle: Bundle, row: BundleRow, setting: Setting) -> Rebuilt:
         CaseError: if weights or data are not those that the row was computed with.
         UsageError: if the defense or the data are not here, or may not be run.
     """
-    check_trust(row, setting.allow_plugins)
+    check_trust(row, setting)
     data = _data(row, setting)
     weights = bundle.weights(row, setting.weights)
-    case = _case(row, weights)
+    case = _case(row, weights, setting)
     size = setting.batch_size or odd_batch(min(case.chunk, len(data)))
     device = pick_device(setting.device)
     subject = build_subject(case, data.identity(), Source(()), device, size)
@@ -166,28 +168,33 @@ def rebuild(bundle: Bundle, row: BundleRow, setting: Setting) -> Rebuilt:
     return Rebuilt(row, subject, judge, whole.x, whole.y, places, _notes(row, subject.case))
 
 
-def check_trust(row: BundleRow, allow_plugins: bool) -> None:
+def check_trust(row: BundleRow, setting: Setting) -> None:
     """Refuse what would run a stranger's code, or fetch weights from where the code says.
 
     Raises:
         UsageError: unless plugins are allowed.
     """
     name = row.case["defense"]
-    plugins = registered("defense")
-    if name not in plugins:
-        raise UsageError(
-            f"{row.title}: defense {name!r} is not installed; install "
-            f"{row.distribution or 'its distribution'}, or leave the row out (--rows)."
-        )
-    if allow_plugins:
+    # A bundle names files by their class alone, so that it cannot say which file is run.
+    if name not in setting.files and name not in registered("defense"):
+        raise UsageError(f"{row.title}: defense {name!r} {_whence(row)}")
+    if setting.allow_plugins:
         return
     remedy = "allow it with --trust-plugins, or leave the row out (--rows)."
-    if plugins[name].distribution != BUILT_IN:
-        raise UsageError(
-            f"{row.title}: defense {name!r} is code of {plugins[name].distribution}; {remedy}"
-        )
+    source = provider("defense", setting.files.get(name, name)).distribution
+    if source != BUILT_IN:
+        raise UsageError(f"{row.title}: defense {name!r} is code of {source}; {remedy}")
     if row.weights is None:
         raise UsageError(f"{row.title}: defense {name!r} gets weights by itself; {remedy}")
+
+
+def _whence(row: BundleRow) -> str:
+    """How to come by the code of a row."""
+    if row.case["defense"].startswith(PUBLIC):
+        told = f"is in a file; name your copy of {row.distribution or 'it'} (--plugin)"
+    else:
+        told = f"is not installed; install {row.distribution or 'its distribution'}"
+    return f"{told}, or leave the row out (--rows)."
 
 
 def odd_batch(chunk: int) -> int:
@@ -245,11 +252,11 @@ def _data(row: BundleRow, setting: Setting) -> Slice:
     return data
 
 
-def _case(row: BundleRow, weights: Path | None) -> Case:
+def _case(row: BundleRow, weights: Path | None, setting: Setting) -> Case:
     claimed = row.case
     entry = DefenseEntry(
         id=claimed["id"],
-        defense=claimed["defense"],
+        defense=setting.files.get(claimed["defense"], claimed["defense"]),
         parameters=claimed["parameters"],
         weights="" if weights is None else str(weights.resolve()),
         sha256=claimed["weights_sha256"] if weights is not None else "",

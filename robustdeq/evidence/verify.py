@@ -117,7 +117,7 @@ def claims(bundle: Bundle, rows: str | None, setting: Setting) -> list[BundleRow
     pick_device(setting.device)
     chosen = [row for row in selected(bundle, rows) if _told(row)]
     for row in chosen:
-        check_trust(row, setting.allow_plugins)
+        check_trust(row, setting)
     return chosen
 
 

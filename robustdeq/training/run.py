@@ -15,7 +15,8 @@ from robustdeq.evaluation.provenance import source_digest, training_digest, vers
 from robustdeq.files import make_folder
 from robustdeq.interfaces import Defense, Recipe, option, trained_form
 from robustdeq.keys import canonical, digest, file_sha256
-from robustdeq.registry import load, parameters_of, plugin_class
+from robustdeq.plugin_files import public_name
+from robustdeq.registry import BUILT_IN, load, parameters_of, plugin_class, provider
 from robustdeq.suite import Augmentation, DefenseEntry, Suite, expand
 from robustdeq.threats import Threat
 from robustdeq.training._fields import Precision
@@ -29,6 +30,7 @@ from robustdeq.weights import WeightsInfo, read_info, save_weights
 class Job:
     """One training: everything that decides its weights, and where they go.
 
+    `defense` and `recipe` are registered names, or whole paths of files with the class.
     `validation` is the number of training images held out to choose the weights by.
     """
 
@@ -42,6 +44,11 @@ class Job:
     out: Path
     validation: int = 0
     augmentation: Augmentation = "none"
+
+    @property
+    def title(self) -> str:
+        """Recipe and defense, without their places."""
+        return f"{public_name('recipe', self.recipe)} {public_name('defense', self.defense)}"
 
 
 @dataclass(frozen=True)
@@ -145,7 +152,7 @@ def run_job(
         checkpoint=Checkpoint(job.out.with_suffix(".checkpoint"), identity),
         report=report,
     )
-    title = f"{job.recipe} {job.defense}, {job.dataset}, {job.threat}, seed {job.seed}"
+    title = f"{job.title}, {job.dataset}, {job.threat}, seed {job.seed}"
     write_log(trained.log, job.out.with_suffix(".log.csv"))
     write_curve(trained.log, job.out.with_suffix(".png"), title)
     info = replace(info, complete=trained.complete)
@@ -158,11 +165,17 @@ def _info(
     environment = {**versions(), "device": device.type}
     if precision != "float32":
         environment["precision"] = precision
+    if any(
+        p.distribution != BUILT_IN
+        for p in (provider("defense", job.defense), provider("recipe", job.recipe))
+    ):
+        # Code that is being written changes between two trainings of one name.
+        environment["source"] = digest([source_digest(defense), source_digest(recipe)])
     return WeightsInfo(
-        defense=job.defense,
+        defense=public_name("defense", job.defense),
         parameters=canonical(parameters_of(defense)),
         dataset=job.dataset,
-        recipe=job.recipe,
+        recipe=public_name("recipe", job.recipe),
         recipe_parameters=canonical(parameters_of(recipe)),
         threat=job.threat if recipe.adversarial else "",
         seed=job.seed,
@@ -176,6 +189,8 @@ def _info(
 def _is_done(path: Path, info: WeightsInfo) -> bool:
     """Whether a file holds these very weights already, complete, from whichever environment."""
     try:
-        return replace(read_info(path), environment=info.environment) == info
+        held = read_info(path)
     except CaseError:
         return False
+    same_code = held.environment.get("source") == info.environment.get("source")
+    return same_code and replace(held, environment=info.environment) == info
