@@ -122,9 +122,12 @@ def scheduled(command: str, folder: Path) -> None:
     shutil.rmtree(folder / "out")
     pair = ("Standard_feedforward", "Madry2018Towards_feedforward")
     (folder / "small.toml").write_text(small(*pair))
-    script = job.read_text().replace("robustdeq run digits", "robustdeq run small.toml")
+    # The shell fills in the job's line; this process runs it, which saves starting another.
+    script = 'robustdeq() { printf "%q " robustdeq "$@" > line; }\n' + job.read_text()
     for row in pair:
         shell(script, folder, SLURM_ARRAY_TASK_ID=str(1 + rows.index(row)))
+        line = (folder / "line").read_text()
+        assert robustdeq(line.replace("run digits", "run small.toml")) == 0
         assert (folder / "parts" / row / "digits" / "table.md").exists()
 
 
@@ -209,7 +212,7 @@ INSTEAD = {
         _COST, "robustdeq run digits --autoattack joint --estimate --only Standard_deq"
     ),
     'robustdeq run mnist --only "2021|2023"': Instead(
-        _IMAGES, 'robustdeq run mnist --only "2021|2023" --estimate --samples 10'
+        _IMAGES, "robustdeq run mnist --only 2021 --estimate --samples 10"
     ),
     "robustdeq run mnist --autoattack joint": Instead(
         _IMAGES,

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import documents
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -23,12 +22,15 @@ from instead import INSTEAD, ON_PAGE, Instead, robustdeq, shell, small
 from PIL import Image
 from safetensors.torch import save_file
 
-from robustdeq import evaluate, load_model
+from robustdeq import load_model
 from robustdeq.cli.console import APP
 from robustdeq.datasets import DATA_VARIABLE, load_slice
 from robustdeq.evaluation.gate.rules import RULES
+from robustdeq.randomness import SampleRandom
 from robustdeq.registry import load, registered
 from robustdeq.suite import adjusted, find_suite, parse_suite, pattern
+from robustdeq.targets import Target
+from robustdeq.threats import Threat
 from robustdeq.training.run import jobs_of
 
 AS_IT_STANDS = ("cp", "mkdir", "python")
@@ -50,11 +52,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert robustdeq(f"robustdeq run {folder}/small.toml --out {folder}/out") == 0
     data = load_slice("digits", "test", 4)
     x, y = torch.from_numpy(data.images) / 255, torch.from_numpy(data.labels)
-    model = load_model("Standard_deq")
-    found = evaluate(model, x, y, threat="Linf:3/16", attacks=["pgd"])
-    index = np.flatnonzero(found.samples["broken_by"].notna())
-    examples = {"x": found.adversarials[index], "index": torch.from_numpy(index)}
-    save_file(examples, folder / "found.safetensors")
+    threat, model = Threat.parse("Linf:3/16"), load_model("Standard_deq")
+    pgd, rng = load("attack", "pgd", {}), SampleRandom(0, "pgd", range(4))
+    found: torch.Tensor = pgd.run(Target(model, 10), x, y, threat, rng)
+    index = (model(found).argmax(1) != y).nonzero().squeeze(1)
+    save_file({"x": found[index], "index": index}, folder / "found.safetensors")
     return folder
 
 
