@@ -48,6 +48,11 @@ def tabulate(verdicts: Sequence[Verdict]) -> pd.DataFrame:
     where an attack broke the rules of the threat and so tested nothing on some samples, or where
     its weights come from a training that was not completed; such rows stand last.
     """
+    return numbered(verdicts).reset_index(drop=True)
+
+
+def numbered(verdicts: Sequence[Verdict]) -> pd.DataFrame:
+    """As `tabulate`; the index says which verdict a row is of."""
     pools = _pools(verdicts)
     rank = _ranks(verdicts, pools)
     apart = _apart(pools)
@@ -58,7 +63,7 @@ def tabulate(verdicts: Sequence[Verdict]) -> pd.DataFrame:
     frame["flags"] = [";".join(verdict.flags) for verdict in verdicts]
     frame["note"] = [_note(v, k in apart) for k, v in enumerate(verdicts)]
     order = sorted(range(len(verdicts)), key=lambda k: _place(verdicts[k], ranked=k in rank))
-    return frame.iloc[order].reset_index(drop=True)
+    return frame.iloc[order]
 
 
 def rankable(verdict: Verdict) -> bool:

@@ -147,10 +147,10 @@ def judge_evidence(evidence: Evidence) -> Verdict:
         n=case["n"],
         weights_sha256=case.get("weights_sha256", ""),
     )
-    clean = _joined(evidence, "clean")
+    clean = joined(evidence, "clean")
     attacks = {
-        label: _joined(evidence, "attack", label)
-        for label in dict.fromkeys(r.meta.label for r in _of(evidence, "attack"))
+        label: joined(evidence, "attack", label)
+        for label in dict.fromkeys(r.meta.label for r in records_of(evidence, "attack"))
     }
     _add_costs(verdict, evidence.records)
     verdict.family = case.get("family", "")
@@ -168,7 +168,7 @@ def judge_evidence(evidence: Evidence) -> Verdict:
         if not gaps:
             _add_accuracies(verdict, attacks, evidence)
     verdict.flags = _flags(evidence, attacks, verdict)
-    if verdict.track == "deterministic" and _lacks_gradient(_joined(evidence, "checks")):
+    if verdict.track == "deterministic" and _lacks_gradient(joined(evidence, "checks")):
         verdict.track = "no_gradient"
     if gaps:
         verdict.status = "failed" if evidence.failures or verdict.samples.size else "missing"
@@ -180,8 +180,8 @@ def curves_table(evidences: Sequence[Evidence]) -> pd.DataFrame:
     """Sanity curves of rows: id, dataset, threat, curve, at, accuracy, n; summed over chunks."""
     parts = []
     for evidence in evidences:
-        rows = _joined(evidence, "curves")
-        if len(rows) and len(_of(evidence, "curves")) == evidence.chunks:
+        rows = joined(evidence, "curves")
+        if len(rows) and len(records_of(evidence, "curves")) == evidence.chunks:
             points = rows.groupby(["curve", "at"], as_index=False)[["correct", "n"]].sum()
             row = {name: evidence.case[name] for name in ("id", "dataset", "threat")}
             parts.append(points.assign(**row, accuracy=points["correct"] / points["n"]))
@@ -189,13 +189,15 @@ def curves_table(evidences: Sequence[Evidence]) -> pd.DataFrame:
     return pd.concat(parts)[columns] if parts else pd.DataFrame(columns=columns)
 
 
-def _of(evidence: Evidence, kind: str) -> list[Record]:
+def records_of(evidence: Evidence, kind: str) -> list[Record]:
+    """The records of a kind, by chunk."""
     found = [r for r in evidence.records if r.meta.kind == kind]
     return sorted(found, key=lambda r: r.meta.chunk)
 
 
-def _joined(evidence: Evidence, kind: str, label: str | None = None) -> pd.DataFrame:
-    parts = [r.rows for r in _of(evidence, kind) if label is None or r.meta.label == label]
+def joined(evidence: Evidence, kind: str, label: str | None = None) -> pd.DataFrame:
+    """The rows of all chunks' records of a kind, or of one stage; empty where there are none."""
+    parts = [r.rows for r in records_of(evidence, kind) if label is None or r.meta.label == label]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
@@ -205,7 +207,7 @@ def _gaps(evidence: Evidence) -> list[str]:
         f"{failure.label}: {failure.reason}" if failure.label else failure.reason
         for failure in evidence.failures
     ]
-    held = {(r.meta.chunk, r.meta.label) for r in _of(evidence, "attack")}
+    held = {(r.meta.chunk, r.meta.label) for r in records_of(evidence, "attack")}
     lacking = Counter(
         label
         for chunk, labels in evidence.expected.items()
@@ -240,7 +242,7 @@ def _samples(clean: pd.DataFrame, attacks: dict[str, pd.DataFrame]) -> pd.DataFr
 
 def _credit(evidence: Evidence, verdict: Verdict) -> str:
     """Who submitted the examples that broke samples first, in order."""
-    stages = {r.meta.label: r.meta.stage for r in _of(evidence, "attack")}
+    stages = {r.meta.label: r.meta.stage for r in records_of(evidence, "attack")}
     names = [str(s["by"]) for n, s in stages.items() if "by" in s and n in verdict.broken_by]
     return ", ".join(dict.fromkeys(names))
 
@@ -272,7 +274,7 @@ def _add_accuracies(verdict: Verdict, attacks: dict[str, pd.DataFrame], evidence
 
 def _engine(evidence: Evidence, label: str) -> str:
     """Which engine ran AutoAttack; the reference where the joint one was left out."""
-    metas = [r.meta for r in _of(evidence, "attack") if r.meta.label == label]
+    metas = [r.meta for r in records_of(evidence, "attack") if r.meta.label == label]
     fell_back = any(note.startswith(ENGINE_LEFT_OUT) for meta in metas for note in meta.notes)
     engine = str(metas[0].stage.get("parameters", {}).get("engine", "reference"))
     return "reference" if fell_back else engine
@@ -283,7 +285,7 @@ def _autoattack_labels(evidence: Evidence, version: str) -> list[str]:
     return list(
         dict.fromkeys(
             r.meta.label
-            for r in _of(evidence, "attack")
+            for r in records_of(evidence, "attack")
             if r.meta.stage.get("attack") == "autoattack"
             and r.meta.stage.get("parameters", {}).get("version") == version
             and r.meta.stage.get("gradient") == "honest"
@@ -304,8 +306,8 @@ def _flags(
     evidence: Evidence, attacks: dict[str, pd.DataFrame], verdict: Verdict
 ) -> tuple[str, ...]:
     flags = ["randomized"] if verdict.track == "randomized" else []
-    flags += _check_flags(_joined(evidence, "checks"))
-    notes = (note for r in _of(evidence, "attack") for note in r.meta.notes)
+    flags += _check_flags(joined(evidence, "checks"))
+    notes = (note for r in records_of(evidence, "attack") for note in r.meta.notes)
     flags += [f"left_out:{note}" for note in dict.fromkeys(notes)]
     for label, rows in attacks.items():
         flags += [
@@ -351,7 +353,7 @@ def _lacks_gradient(checks: pd.DataFrame) -> bool:
 
 def _doubt_flags(evidence: Evidence, verdict: Verdict) -> list[str]:
     """Whether anything broke what honest gradients did not: a symptom of masked gradients."""
-    stages = {r.meta.label: r.meta.stage for r in _of(evidence, "attack")}
+    stages = {r.meta.label: r.meta.stage for r in records_of(evidence, "attack")}
     counts = Counter(_means(stages, name) for name in verdict.samples["broken_by"].dropna())
     return [
         f"{flag}={counts[means] / verdict.n:.3g}"

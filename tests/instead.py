@@ -182,7 +182,7 @@ def _briefly(arguments: str) -> Instead:
 INSTEAD = {
     "python3 -m venv .venv": _PRESENT,
     ". .venv/bin/activate": _PRESENT,
-    ".venv/bin/pytest -n auto": Instead("this is what it runs"),
+    ".venv/bin/pytest -n auto --dist worksteal": Instead("this is what it runs"),
     ".venv/bin/pip install .": _PACKAGE,
     '.venv/bin/pip install ".[test]"': _PACKAGE,
     'pip install "robustdeq[robustbench]"': _PACKAGE,

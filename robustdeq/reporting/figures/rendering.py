@@ -1,0 +1,80 @@
+"""A drawing as a `Figure`: the same bytes for the same data, and nothing from outside."""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import replace
+from typing import Any
+from xml.dom import minidom
+
+from matplotlib.figure import Figure as Canvas
+
+from robustdeq.reporting.figures.figure import Figure
+from robustdeq.reporting.figures.style import INK
+from robustdeq.reporting.figures.words import plain
+
+DPI = 150
+
+
+def canvas(width: float, height: float) -> Canvas:
+    """An empty drawing, in inches, that no window and no state of pyplot knows of."""
+    return Canvas(figsize=(width, height), layout="constrained")
+
+
+def rendered(drawing: Canvas, words: Figure, foot: str = "") -> Figure:
+    """The figure with its bytes. To be called in the style that the drawing was made in.
+
+    Args:
+        drawing: is finished by this.
+        words: the figure without bytes.
+        foot: what it says below itself of where it holds, for a file may stand alone.
+    """
+    drawing.draw_without_rendering()
+    # Once is enough, and what is added below must not move the axes.
+    drawing.set_layout_engine("none")
+    drawing.text(1, -0.01, plain(foot, 100), ha="right", va="top", size=6.5, color=INK)
+    svg = _saved(drawing, format="svg", metadata={"Date": None}).decode()
+    png = _saved(drawing, format="png", dpi=DPI, metadata={"Software": None})
+    return replace(words, svg=_alone(svg, words), png=png)
+
+
+def _saved(drawing: Canvas, **how: Any) -> bytes:
+    buffer = io.BytesIO()
+    drawing.savefig(buffer, bbox_inches="tight", pad_inches=0.05, **how)
+    return buffer.getvalue()
+
+
+def _alone(svg: str, words: Figure) -> str:
+    """The element without prolog, metadata and global rules, so that a page can hold many."""
+    document = minidom.parseString(svg.encode())
+    root = document.documentElement
+    assert root is not None
+    for tag in ("metadata", "style"):
+        for element in list(root.getElementsByTagName(tag)):
+            element.parentNode.removeChild(element)
+    # A rule for "*" would hold for the whole page; on the root it is inherited by this figure.
+    root.setAttribute("style", "stroke-linejoin: round; stroke-linecap: butt")
+    root.setAttribute("role", "img")
+    for tag, text in (("desc", words.alt), ("title", words.title)):
+        element = document.createElement(tag)
+        element.appendChild(document.createTextNode(text))
+        root.insertBefore(element, root.firstChild)
+    _own_names(root, svg, words.name)
+    text: str = root.toxml()
+    return text + "\n"
+
+
+def _own_names(root: Any, svg: str, name: str) -> None:
+    """Only what is referred to keeps a name, which no other figure of the page has."""
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
+    for element in root.getElementsByTagName("*"):
+        for key, value in list(element.attributes.items()):
+            if key == "id" and value not in used:
+                element.removeAttribute("id")
+            elif key == "id":
+                element.setAttribute("id", f"{name}-{value}")
+            elif key.endswith("href"):
+                element.setAttribute(key, value.replace("#", f"#{name}-", 1))
+            elif "url(#" in value:
+                element.setAttribute(key, value.replace("url(#", f"url(#{name}-"))
