@@ -194,12 +194,3 @@ def test_architecture_names_every_file_and_no_other() -> None:
     benchmarks = {p.name for p in (ROOT / "benchmarks").glob("*.py")}
     tests = {p.name for p in (ROOT / "tests").glob("*.py")}
     assert named - files - benchmarks - tests == set()
-
-
-def test_the_readmes_python_runs(tmp_path: Path) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    for number, block in enumerate(blocks):
-        script = tmp_path / f"block{number}.py"
-        script.write_text(block)
-        subprocess.run([sys.executable, str(script)], check=True, cwd=tmp_path, timeout=300)
