@@ -52,9 +52,7 @@ from robustdeq.statistics import wilson
 from robustdeq.verdict import Evidence, Failure, judge_evidence
 
 CLEAN = (True, True, True, True, False)
-HOSTILE = (
-    "<script>alert(1)</script> $\\frac{1}{0}$ & % _x ]]> \x00\x1b\u202e \n 數 \U0001f600"
-)
+HOSTILE = "<script>alert(1)</script> $\\frac{1}{0}$ & % _x ]]> \x00\x1b\u202e \n 數 \U0001f600"
 """Markup, mathtext, control characters, a direction override, characters without a glyph."""
 
 
@@ -468,10 +466,10 @@ def test_pictures_are_of_150_dots_per_inch_and_not_blank(hostile: list[Figure]) 
 
 def test_the_same_records_give_the_same_bytes_whatever_the_callers_style(tmp_path: Path) -> None:
     run = report(full(), explicit(), lost())
-    first = write_figures(run, tmp_path / "a")
+    first = write_figures(figures(run), tmp_path / "a")
     before = dict(mpl.rcParams)
     with mpl.rc_context({"font.size": 30, "svg.fonttype": "path", "lines.linewidth": 9}):
-        second = write_figures(report(full(), explicit(), lost()), tmp_path / "b")
+        second = write_figures(figures(report(full(), explicit(), lost())), tmp_path / "b")
     assert dict(mpl.rcParams) == before
     assert [p.name for p in first] == [p.name for p in second]
     assert sorted(p.name for p in (tmp_path / "a" / "figures").iterdir()) == sorted(
@@ -479,7 +477,7 @@ def test_the_same_records_give_the_same_bytes_whatever_the_callers_style(tmp_pat
     )
     for a, b in zip(first, second, strict=True):
         assert a.read_bytes() == b.read_bytes()
-    moved = write_figures(report(explicit(), lost(), full()), tmp_path / "c")
+    moved = write_figures(figures(report(explicit(), lost(), full())), tmp_path / "c")
     assert [p.read_bytes() for p in moved] == [p.read_bytes() for p in first]
 
 

@@ -74,6 +74,7 @@ def submit(
     """Add to a run stronger examples for one row, or the rows of a bundle, once they are scored."""
     from robustdeq.evidence.adopt import submit_bundle
     from robustdeq.evidence.submit import submit_examples
+    from robustdeq.reporting.publish import publish
 
     del debug
     setting = _setting(None, device, None, data, trust_plugins, plugin or [])
@@ -83,10 +84,13 @@ def submit(
         titles = submit_bundle(run, path, by, rows=rows, setting=setting)
         for title in titles or ["nothing new"]:
             OUT.print(f"added: {escape(title)}", highlight=False)
+        publish(run)
         return
     if row is None:
         raise UsageError(f"{path} is a file of examples; name the row that it is for with --row.")
-    _print_submission(submit_examples(run, row, path, by, setting=setting))
+    told = submit_examples(run, row, path, by, setting=setting)
+    publish(run)
+    _print_submission(told)
 
 
 def _setting(

@@ -11,8 +11,14 @@ from rich.markup import escape
 from robustdeq.cli.console import APP, OUT
 from robustdeq.errors import UsageError, unknown
 
-_FORMATS = "md, csv, latex or json; robustbench: a folder of model_info; pt: a row's inputs."
-_OUT = typer.Option(help="Write to this file instead of printing; for robustbench, a folder.")
+_FORMATS = (
+    "md, csv, latex or json; html: the page; robustbench: a folder of model_info; "
+    "pt: a row's inputs."
+)
+_OUT = typer.Option(
+    help="Write to this file instead of printing; for robustbench, a folder. The page of one run "
+    "is its index.html without it."
+)
 _FILE = typer.Option(help="Write to this file instead of printing.")
 _THREAT = typer.Option(help="Only rows under it, as in Linf:8/255.")
 
@@ -38,9 +44,11 @@ def report(
         raise unknown("format", form, (*FORMATS, *_WRITERS))
     if (row is not None or threat) and form != "pt":
         raise UsageError("--row and --threat choose the row of --format pt; leave them out.")
+    run = read_runs(folders)
+    if form == "html" and len(folders) == 1:
+        out = out or run.folder / "index.html"
     if form in _WRITERS and out is None:
         raise UsageError(f"--format {form} is not for a terminal; name where to with --out.")
-    run = read_runs(folders)
     if out is not None and form in _WRITERS:
         _WRITERS[form](run, out, row, threat)
     else:
@@ -131,5 +139,13 @@ def _write_tensor(run: Any, out: Path, row: str | None, threat: str) -> None:
     _say(out)
 
 
-_WRITERS = {"robustbench": _write_robustbench, "pt": _write_tensor}
+def _write_page(run: Any, out: Path, row: str | None, threat: str) -> None:
+    from robustdeq.reporting.publish import publish_report
+
+    del row, threat
+    _prepare(out)
+    _say(publish_report(run, out))
+
+
+_WRITERS = {"html": _write_page, "robustbench": _write_robustbench, "pt": _write_tensor}
 """Formats that are files, and what writes them."""

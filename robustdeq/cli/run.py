@@ -57,6 +57,7 @@ def run(
     """Run a suite and write its leaderboard; what was computed before is not computed again."""
     from robustdeq.evaluation.run import Options, run_suite
     from robustdeq.plugin_rows import additions
+    from robustdeq.reporting.publish import publish
     from robustdeq.suite import adjusted, check_suite, find_suite
 
     del debug
@@ -79,7 +80,11 @@ def run(
         ERR.print("interrupted; finished stages are kept, the same command goes on from there.")
         raise typer.Exit(130) from None
     folder = out / chosen.name
-    OUT.print(f"\nwrote {escape(str(folder))}/table.md, table.csv, run.json and records/")
+    publish(folder)
+    OUT.print(
+        f"\nwrote {escape(str(folder))}/index.html, table.md, table.csv, figures/, run.json "
+        "and records/"
+    )
     failed = [verdict for verdict in verdicts if verdict.status != "ok"]
     if failed:
         for verdict in failed:

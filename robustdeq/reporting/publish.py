@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from robustdeq.reporting.figures import figures, write_drawn
+from robustdeq.reporting.figures import figures, write_figures
 from robustdeq.reporting.page.build import write_page
 from robustdeq.reporting.run import RunReport, read_run
 
@@ -22,5 +22,5 @@ def publish_report(run: RunReport, path: Path | None = None) -> Path:
     """As `publish`; the page at `path`, with `figures/` beside it."""
     drawn = figures(run)
     page = write_page(run, drawn, path)
-    write_drawn(drawn, page.parent)
+    write_figures(drawn, page.parent)
     return page

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def _told_apart(found: list[Figure]) -> list[Figure]:
     return apart
 
 
-def write_figures(run: RunReport, folder: Path) -> list[Path]:
+def write_figures(drawn: Sequence[Figure], folder: Path) -> list[Path]:
     """Write `folder/figures/NAME.svg` and `.png`; unchanged records give the same bytes.
 
     Raises:
@@ -62,7 +62,7 @@ def write_figures(run: RunReport, folder: Path) -> list[Path]:
     """
     make_folder(folder / "figures")
     paths = []
-    for figure in figures(run):
+    for figure in drawn:
         for suffix, payload in (("svg", figure.svg.encode()), ("png", figure.png)):
             path = folder / "figures" / f"{figure.name}.{suffix}"
             write_atomically(path, payload)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 from xml.dom import minidom
 
 from matplotlib.figure import Figure as Canvas
@@ -17,7 +17,9 @@ from robustdeq.reporting.figures.words import plain
 DPI = 150
 
 
-def canvas(width: float, height: float, layout: str | None = "constrained") -> Canvas:
+def canvas(
+    width: float, height: float, layout: Literal["constrained"] | None = "constrained"
+) -> Canvas:
     """An empty drawing, in inches, that no window and no state of pyplot knows of."""
     return Canvas(figsize=(width, height), layout=layout)
 

@@ -27,10 +27,14 @@ _FILTERS = {
 class Drawn(Protocol):
     """A figure, as `reporting.figures` gives it."""
 
-    title: str
-    alt: str
-    caption: str
-    svg: str
+    @property
+    def title(self) -> str: ...
+    @property
+    def alt(self) -> str: ...
+    @property
+    def caption(self) -> str: ...
+    @property
+    def svg(self) -> str: ...
 
 
 class _Chart(NamedTuple):

@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from robustdeq.texts import one_line
+
 SCRIPTS = ("vendor/dataTables.min.js", "page.js")
 LONGEST = 600
 """Characters that a text of others may take before it is cut."""
@@ -78,8 +80,7 @@ def missing(value: object) -> bool:
 
 def cut(text: object, longest: int = LONGEST) -> str:
     """A text of others: printable, on one line, and not longer than it may be."""
-    words = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
-    return words if len(words) <= longest else words[: longest - 1] + "…"
+    return one_line(text, longest)
 
 
 def breakable(text: str) -> Markup:
