@@ -20,7 +20,7 @@ DPI = 150
 
 def canvas(width: float, height: float, layout: str | None = "constrained") -> Canvas:
     """An empty drawing, in inches, that no window and no state of pyplot knows of."""
-    return Canvas(figsize=(width, height), layout=layout)
+    return Canvas(figsize=(width, height), dpi=DPI, layout=layout)
 
 
 def rendered(drawing: Canvas, words: Figure, foot: str = "") -> Figure:
@@ -40,13 +40,13 @@ def rendered(drawing: Canvas, words: Figure, foot: str = "") -> Figure:
     inches = last.get_window_extent().transformed(drawing.dpi_scale_trans.inverted())
     edge = Bbox.union([drawn, inches]).padded(0.08)
     svg = _saved(drawing, edge, format="svg", metadata={"Date": None}).decode()
-    png = _saved(drawing, edge, format="png", dpi=DPI, metadata={"Software": None})
+    png = _saved(drawing, edge, format="png", metadata={"Software": None})
     return replace(words, svg=_alone(svg, words), png=png)
 
 
 def _saved(drawing: Canvas, edge: Bbox, **how: Any) -> bytes:
     buffer = io.BytesIO()
-    drawing.savefig(buffer, bbox_inches=edge, **how)
+    drawing.savefig(buffer, bbox_inches=edge, dpi=DPI, **how)
     return buffer.getvalue()
 
 
