@@ -18,7 +18,7 @@ from robustdeq.reporting.figures.words import plain
 DPI = 150
 
 
-def canvas(width: float, height: float, layout: str | None = "constrained") -> Canvas:
+def canvas(width: float, height: float, layout: Any = "constrained") -> Canvas:
     """An empty drawing, in inches, that no window and no state of pyplot knows of."""
     return Canvas(figsize=(width, height), dpi=DPI, layout=layout)
 
