@@ -244,8 +244,23 @@ INSTEAD = {
     "robustdeq train lyadeq --dataset digits --minutes 1 --out lyadeq.safetensors": _briefly(
         "lyadeq --dataset digits --out c.safetensors"
     ),
-    "robustdeq train tanh_deq --dataset digits --threat Linf:3/16 --minutes 5"
-    " --out tanh_deq.safetensors": _briefly("tanh_deq --threat Linf:3/16 --out d.safetensors"),
+    "robustdeq train my_defense.py --dataset digits --threat Linf:3/16 --minutes 5"
+    " --out tanh.safetensors": _briefly("my_defense.py --threat Linf:3/16 --out tanh.safetensors"),
+    "robustdeq run digits --plugin my_defense.py=tanh.safetensors": Instead(
+        _COST,
+        "robustdeq run digits --plugin my_defense.py=tanh.safetensors --estimate --only TanhDEQ",
+    ),
+    "robustdeq run digits --plugin my_attack.py": Instead(
+        _COST, "robustdeq run digits --plugin my_attack.py --estimate --only feedforward"
+    ),
+    "...": Instead("here the reader writes"),
+    "robustdeq check my_deq.py": Instead("it trains for half a minute", checked),
+    "robustdeq train my_deq.py --dataset digits --out my_deq.safetensors": _briefly(
+        "my_deq.py --dataset digits --out my_deq.safetensors"
+    ),
+    "robustdeq run digits --plugin my_deq.py=my_deq.safetensors": Instead(
+        _COST, "robustdeq run digits --plugin my_deq.py=my_deq.safetensors --estimate --only MyDeq"
+    ),
     "robustdeq train weight_tied --set width=96 --set inner=96 --set gain=0.8 --set steps=16"
     " --threat Linf:3/16 --out deeper.safetensors": _briefly(
         "weight_tied --set width=96 --set inner=96 --set gain=0.8 --set steps=16"
