@@ -115,6 +115,10 @@ def test_the_wheel_holds_what_the_folders_hold(tmp_path: Path) -> None:
     expected = {p.relative_to(ROOT).as_posix() for p in CORE.rglob("*.py")}
     expected |= {p.relative_to(ROOT).as_posix() for p in CORE.rglob("*.safetensors")}
     expected |= {"robustdeq/py.typed"}
+    page = CORE / "reporting" / "page"
+    assets = [p for p in page.rglob("*") if p.suffix in (".j2", ".css", ".js", ".txt")]
+    assert len(assets) > 5
+    expected |= {p.relative_to(ROOT).as_posix() for p in assets}
     for name, pattern in (("defenses", "*.py"), ("attacks", "*.py"), ("leaderboards", "*.*")):
         expected |= {
             f"robustdeq/{name}/{p.name}"
