@@ -253,13 +253,12 @@ INSTEAD = {
     "robustdeq run digits --plugin my_attack.py": Instead(
         _COST, "robustdeq run digits --plugin my_attack.py --estimate --only feedforward"
     ),
-    "...": Instead("here the reader writes"),
     "robustdeq check my_deq.py": Instead("it trains for half a minute", checked),
     "robustdeq train my_deq.py --dataset digits --out my_deq.safetensors": _briefly(
         "my_deq.py --dataset digits --out my_deq.safetensors"
     ),
     "robustdeq run digits --plugin my_deq.py=my_deq.safetensors": Instead(
-        _COST, "robustdeq run digits --plugin my_deq.py=my_deq.safetensors --estimate --only MyDeq"
+        _MINUTES, "robustdeq run small.toml --plugin my_deq.py=my_deq.safetensors"
     ),
     "robustdeq train weight_tied --set width=96 --set inner=96 --set gain=0.8 --set steps=16"
     " --threat Linf:3/16 --out deeper.safetensors": _briefly(
