@@ -45,7 +45,7 @@ def compare(a: Verdict, b: Verdict) -> Comparison:
     for verdict in (a, b):
         if not rankable(verdict):
             reason = verdict.note or ", ".join(verdict.flags) or "it keeps no samples"
-            raise UsageError(f"row {verdict.id} has no figure to compare ({reason}); run it again.")
+            raise UsageError(f"row {verdict.id} has no figure to compare: {reason}; mend that first.")
     _require_one_question(a, b)
     both = a.samples.merge(b.samples, on=["index", "label"], suffixes=("_a", "_b"), sort=True)
     right = {side: both[f"robust_{side}"].to_numpy(dtype=bool) for side in "ab"}

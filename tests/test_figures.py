@@ -52,7 +52,7 @@ from robustdeq.statistics import wilson
 from robustdeq.verdict import Evidence, Failure, judge_evidence
 
 CLEAN = (True, True, True, True, False)
-HOSTILE = "<script>alert(1)</script> $\\frac{1}{0}$ & % _x ]]> \x00\x1b\u202e \n 數 \U0001f600"
+HOSTILE = "$\\frac{1}{0}$ <script>alert(1)</script> & % _x ]]> \x00\x1b\u202e \n 數 \U0001f600"
 """Markup, mathtext, control characters, a direction override, characters without a glyph."""
 
 

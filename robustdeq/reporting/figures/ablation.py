@@ -149,7 +149,7 @@ def _legend(drawing: Any, found: Sequence[Bar]) -> None:
     if any(bar.share is not None and not bar.seeds for bar in found):
         handles.append((Patch(color=CLEAN), "one row, 95 % interval"))
     if any(bar.seeds for bar in found):
-        handles.append((Patch(color=COLORS[2]), "mean of seeds, -+ standard deviation"))
+        handles.append((Patch(color=COLORS[2]), "mean of seeds, ± standard deviation"))
         handles.append((Line2D([], [], color=INK, marker=".", linestyle="none"), "one seed"))
     keys, names = [key for key, _ in handles], [name for _, name in handles]
     drawing.legend(keys, names, loc="outside upper right", ncols=3, frameon=False)

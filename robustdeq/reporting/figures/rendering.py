@@ -9,6 +9,7 @@ from typing import Any, Literal
 from xml.dom import minidom
 
 from matplotlib.figure import Figure as Canvas
+from matplotlib.transforms import Bbox
 
 from robustdeq.reporting.figures.figure import Figure
 from robustdeq.reporting.figures.style import INK
@@ -21,7 +22,7 @@ def canvas(
     width: float, height: float, layout: Literal["constrained"] | None = "constrained"
 ) -> Canvas:
     """An empty drawing, in inches, that no window and no state of pyplot knows of."""
-    return Canvas(figsize=(width, height), layout=layout)
+    return Canvas(figsize=(width, height), dpi=DPI, layout=layout)
 
 
 def rendered(drawing: Canvas, words: Figure, foot: str = "") -> Figure:
@@ -35,19 +36,19 @@ def rendered(drawing: Canvas, words: Figure, foot: str = "") -> Figure:
     drawing.draw_without_rendering()
     # Once is enough, and what is added below must not move the axes.
     drawing.set_layout_engine("none")
-    bottom = min(0.0, drawing.get_tightbbox().y0) - 0.06
-    drawing.text(
-        1, bottom / drawing.get_figheight(), plain(foot, 100), ha="right", va="top", size=6.5,
-        color=INK,
-    )  # fmt: skip
-    svg = _saved(drawing, format="svg", metadata={"Date": None}).decode()
-    png = _saved(drawing, format="png", dpi=DPI, metadata={"Software": None})
+    drawn = drawing.get_tightbbox()
+    below = (min(0.0, drawn.y0) - 0.06) / drawing.get_figheight()
+    last = drawing.text(1, below, plain(foot, 100), ha="right", va="top", size=6.5, color=INK)
+    inches = last.get_window_extent().transformed(drawing.dpi_scale_trans.inverted())
+    edge = Bbox.union([drawn, inches]).padded(0.08)
+    svg = _saved(drawing, edge, format="svg", metadata={"Date": None}).decode()
+    png = _saved(drawing, edge, format="png", metadata={"Software": None})
     return replace(words, svg=_alone(svg, words), png=png)
 
 
-def _saved(drawing: Canvas, **how: Any) -> bytes:
+def _saved(drawing: Canvas, edge: Bbox, **how: Any) -> bytes:
     buffer = io.BytesIO()
-    drawing.savefig(buffer, bbox_inches="tight", pad_inches=0.05, **how)
+    drawing.savefig(buffer, bbox_inches=edge, dpi=DPI, **how)
     return buffer.getvalue()
 
 

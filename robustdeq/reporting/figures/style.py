@@ -18,6 +18,8 @@ _SETTINGS: Any = {
     "font.family": "sans-serif",
     # The font that comes with matplotlib first: labels take the same room on every machine.
     "font.sans-serif": ["DejaVu Sans", "Arial", "sans-serif"],
+    # Text is as wide as it was measured, at any resolution.
+    "text.hinting": "none",
     # A stranger's dollar sign is a dollar sign.
     "text.parse_math": False,
     "axes.titlesize": 8.0,
