@@ -70,11 +70,17 @@ class Instead:
 
 def robustdeq(command: str) -> int:
     """The exit code of the command line, in this process."""
+    expanded = [word for given in arguments(command) for word in _matching(given)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["robustdeq", *arguments(command)])
+        patch.setattr(sys, "argv", ["robustdeq", *expanded])
         with pytest.raises(SystemExit) as caught:
             cli.main()
     return int(caught.value.code or 0)
+
+
+def _matching(word: str) -> list[str]:
+    """What a shell makes of a word: the paths that it matches, or itself."""
+    return sorted(map(str, Path().glob(word))) if "/*/" in word else [word]
 
 
 def shell(command: str, folder: Path, **variables: str) -> None:
@@ -253,13 +259,16 @@ INSTEAD = {
     "robustdeq run digits --plugin my_attack.py": Instead(
         _COST, "robustdeq run digits --plugin my_attack.py --estimate --only feedforward"
     ),
-    "...": Instead("here the reader writes"),
+    "robustdeq compare MyDeq Madry2018Towards_deq": Instead(
+        "the small suite has another row", "robustdeq compare MyDeq Standard_deq"
+    ),
     "robustdeq check my_deq.py": Instead("it trains for half a minute", checked),
-    "robustdeq train my_deq.py --dataset digits --out my_deq.safetensors": _briefly(
-        "my_deq.py --dataset digits --out my_deq.safetensors"
+    "robustdeq train my_deq.py --dataset digits --out my_deq.safetensors": Instead(
+        "a training takes minutes: one pass over the images",
+        "robustdeq train my_deq.py --recipe clean --recipe-set epochs=1 --out my_deq.safetensors",
     ),
     "robustdeq run digits --plugin my_deq.py=my_deq.safetensors": Instead(
-        _COST, "robustdeq run digits --plugin my_deq.py=my_deq.safetensors --estimate --only MyDeq"
+        _MINUTES, "robustdeq run small.toml --plugin my_deq.py=my_deq.safetensors"
     ),
     "robustdeq train weight_tied --set width=96 --set inner=96 --set gain=0.8 --set steps=16"
     " --threat Linf:3/16 --out deeper.safetensors": _briefly(
