@@ -67,8 +67,8 @@ class Screen:
     its Jacobian, per step. What claims to be fooled is put to the deployed predictor, cold;
     nothing else ends a sample's search. *Re-run*: the survivors nearest to the boundary face
     APGD-CE and APGD-T again, from the same starts, with states and adjoints solved
-    to a tolerance at every step; a third of them, the nearest, from other starts too. *Confirm*:
-    the judge, as ever.
+    to a tolerance at every step; a third of them, the nearest, from other starts too; then all of
+    them Square again, of other random numbers. *Confirm*: the judge, as ever.
 
     Args:
         rerun: the share of the survivors that is run again.
@@ -111,6 +111,8 @@ class Screen:
             self._apgd("apgd-ce", "ce", none, among=among, draw=draw)
             if classes > 3:
                 self._apgd("apgd-t", "targeted_dlr", goals, among=among, draw=draw)
+        # A random search fails by bad luck as well, and of these samples nothing is certain.
+        self._square(among=near, draw=1)
         return ledger.candidates()
 
     def _apgd(
@@ -163,13 +165,16 @@ class Screen:
         settled, x = self.settled.take(samples), self.x[samples]
         CarriedFAB(self.lockstep, settled, self.ledger, samples, classes, x, self.threat).run()
 
-    def _square(self) -> None:
+    def _square(self, *, among: Counts | None = None, draw: int = 0) -> None:
+        """Of all open samples, or of those `among` some; `draw` 0 is of the reference's seed."""
         samples = self.ledger.open()
+        if among is not None:
+            samples = among[self.ledger.unsettled(among)].sort().values
         if not len(samples):
             return
         self.ledger.sign("square")
         settled = self.settled.take(samples)
-        offered = proposals(self.x[samples], self.threat, self.queries, self.seed)
+        offered = proposals(self.x[samples], self.threat, self.queries, self.seed + draw)
         CarriedSquare(self.lockstep, settled, self.ledger, samples, offered).run()
 
     def _near(self) -> Counts:

@@ -262,6 +262,12 @@ INSTEAD = {
     "robustdeq compare MyDeq Madry2018Towards_deq": Instead(
         "the small suite has another row", "robustdeq compare MyDeq Standard_deq"
     ),
+    "robustdeq run digits --plugin my_deq.py --out out/mine": Instead(
+        _MINUTES, "robustdeq run small.toml --plugin my_deq.py --out out/mine"
+    ),
+    "robustdeq compare lyadeq deq": Instead(
+        "the small suite has other rows", "robustdeq compare Standard_feedforward Standard_deq"
+    ),
     "robustdeq check my_deq.py": Instead("it trains for half a minute", checked),
     "robustdeq train my_deq.py --dataset digits --out my_deq.safetensors": Instead(
         "a training takes minutes: one pass over the images",
@@ -291,9 +297,7 @@ INSTEAD = {
 }
 """By command, as documents have it."""
 ON_PAGE = {
-    ("README.md", "robustdeq check my_defense.py"): Instead(
-        "it is checked on the page that holds it, docs/register_a_defense.md"
-    ),
+    ("README.md", "robustdeq check my_deq.py"): Instead("it is checked on docs/plugins.md"),
     ("docs/on_a_cluster.md", "robustdeq run digits"): Instead(_MINUTES, gathered),
 }
 """By page and command, where a page needs something else."""
