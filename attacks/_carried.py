@@ -19,15 +19,22 @@ class Carried:
     Args:
         settled: state and adjoint of each sample to begin with, at any input near by.
         first: looks at the start of a run, while the adjoint is still that of nothing.
+        rows: most rows of one look.
     """
 
-    trusted, warm, rows = True, True, ROWS
+    trusted, warm = True, True
 
     def __init__(
-        self, lockstep: Lockstep, y: Labels, loss: GoalLoss, settled: JointState, first: int = 6
+        self,
+        lockstep: Lockstep,
+        y: Labels,
+        loss: GoalLoss,
+        settled: JointState,
+        first: int = 6,
+        rows: int = ROWS,
     ) -> None:
         self.lockstep, self.y, self.loss = lockstep, y, loss
-        self.settled, self.first = settled, first
+        self.settled, self.first, self.rows = settled, first, rows
 
     def __call__(self, x: Images, samples: Counts, goals: Labels, states: States) -> Reading:
         """See `Objective`."""

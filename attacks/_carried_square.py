@@ -47,6 +47,7 @@ class CarriedSquare:
         settled: state of each row to begin with.
         samples: the sample of each row.
         offered: the candidates of each row.
+        most: rows of one look.
     """
 
     def __init__(
@@ -56,9 +57,10 @@ class CarriedSquare:
         ledger: Ledger,
         samples: Counts,
         offered: Proposals,
+        most: int = ROWS,
     ) -> None:
         self.lockstep, self.ledger, self.samples = lockstep, ledger, samples
-        self.offered, self.y = offered, ledger.y[samples]
+        self.offered, self.y, self.most = offered, ledger.y[samples], most
         self.doubt = Doubt(torch.inf)
         self.x = offered.begin.clone()
         self.z, self.adjoint = settled.z.clone(), torch.zeros_like(settled.z)
@@ -74,13 +76,13 @@ class CarriedSquare:
         everything = torch.arange(len(self.samples), device=self.samples.device)
         best, z = self._decided(self.x, everything, torch.ones_like(self.samples, dtype=torch.bool))
         self.best, self.z = self._confirmed(everything, best), z
-        self._look(self._live(), _FIRST)
+        self._look_at(self._live(), _FIRST)
         self._calibrate(self._live())
         while len(rows := self._live()):
             self._round(rows)
             due = ((self.due <= self.asked) & (self.best > 0)).nonzero().squeeze(1)
             if len(due) >= max(_TOGETHER, len(rows) // 4):
-                self._look(due, 1)
+                self._look_at(due, 1)
         left = self.ledger.unsettled(self.samples)
         self.ledger.offer(self.samples[left], self.x[left])
 
@@ -89,7 +91,7 @@ class CarriedSquare:
 
     def _calibrate(self, rows: Counts) -> None:
         """The bound, from candidates of all sizes."""
-        rows = rows.repeat_interleave(_CALIBRATE)[:ROWS]
+        rows = rows.repeat_interleave(_CALIBRATE)[: self.most]
         if not len(rows):
             return
         place = torch.arange(len(rows), device=rows.device)
@@ -135,7 +137,7 @@ class CarriedSquare:
         """Margins, as exact as the decision needs them, and the states that they are of."""
         parts = [
             self._part(images[part], rows[part], audited[part])
-            for part in torch.arange(len(rows), device=rows.device).split(ROWS)
+            for part in torch.arange(len(rows), device=rows.device).split(self.most)
         ]
         if not parts:
             return self.best[:0], self.z[:0]
@@ -163,10 +165,12 @@ class CarriedSquare:
             self.doubt.grow()
         return found, end
 
-    def _look(self, rows: Counts, looks: int) -> None:
+    def _look_at(self, rows: Counts, looks: int) -> None:
         """State, adjoint and margin of some rows' best points, afresh."""
-        if not len(rows):
-            return
+        for part in rows.split(self.most) if len(rows) else ():
+            self._look(part, looks)
+
+    def _look(self, rows: Counts, looks: int) -> None:
         y = self.y[rows]
 
         def loss(logits: Logits) -> PerSample:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 from robustdeq.attacks._apgd import AutoPGD
-from robustdeq.attacks._ascent import Lanes, LogitLoss, Objective, ascend
+from robustdeq.attacks._ascent import Lanes, LogitLoss, Objective, ascend, most_rows
 from robustdeq.attacks._carried import Carried
 from robustdeq.attacks._carried_fab import CarriedFAB
 from robustdeq.attacks._carried_square import CarriedSquare
@@ -16,7 +16,14 @@ from robustdeq.attacks._square import proposals
 from robustdeq.attacks._starts import side_by_side
 from torch import Tensor
 
-from robustdeq.equilibrium import Dynamics, FixedPoint, Implicit, Lockstep, channels_last
+from robustdeq.equilibrium import (
+    Dynamics,
+    FixedPoint,
+    Implicit,
+    JointState,
+    Lockstep,
+    channels_last,
+)
 from robustdeq.interfaces import Candidates
 from robustdeq.shapes import Counts, Images, Labels, Logits, PerSample
 from robustdeq.targets import Target
@@ -87,12 +94,13 @@ class Screen:
         queries: int = QUERIES,
     ) -> None:
         self.target, self.threat, self.seed = target, threat, seed
-        self.rerun, self.queries = rerun, queries
+        self.rerun, self.queries, self.rows = rerun, queries, most_rows(target)
         self.x, self.y = x, y
         self.lockstep = Lockstep(replace(dynamics, model=channels_last(dynamics.model, x)))
         self.solved = target.through(Implicit(SOLVED), solver=SOLVED)
         self.ledger = Ledger(target, x, y)
-        self.settled = self.lockstep.settled(x)
+        parts = zip(*map(self.lockstep.settled, x.split(self.rows)), strict=True)
+        self.settled = JointState(*map(torch.cat, parts))
         self.drawn: dict[str, Counts] = {}
 
     def run(self) -> Candidates:
@@ -130,7 +138,7 @@ class Screen:
         samples, classes = side_by_side(goals, rows)
         lanes = Lanes(samples, classes, self._starts(goals.shape[1], drawn, rows, draw))
         fun = named_loss(loss, self.target.classes)
-        objective: Objective = Carried(self.lockstep, self.y, fun, self.settled)
+        objective: Objective = Carried(self.lockstep, self.y, fun, self.settled, rows=self.rows)
         if among is not None:
             objective = LogitLoss(self.solved, self.y, fun, warm=True)
         self.ledger.sign(name)
@@ -162,8 +170,12 @@ class Screen:
         if not len(samples):
             return
         self.ledger.sign("fab-t")
-        settled, x = self.settled.take(samples), self.x[samples]
-        CarriedFAB(self.lockstep, settled, self.ledger, samples, classes, x, self.threat).run()
+        for begin in range(0, len(samples), self.rows):
+            part = samples[begin : begin + self.rows]
+            left = self.ledger.unsettled(part)
+            part, goal = part[left], classes[begin : begin + self.rows][left]
+            settled, x = self.settled.take(part), self.x[part]
+            CarriedFAB(self.lockstep, settled, self.ledger, part, goal, x, self.threat).run()
 
     def _square(self, *, among: Counts | None = None, draw: int = 0) -> None:
         """Of all open samples, or of those `among` some; `draw` 0 is of the reference's seed."""
@@ -175,7 +187,7 @@ class Screen:
         self.ledger.sign("square")
         settled = self.settled.take(samples)
         offered = proposals(self.x[samples], self.threat, self.queries, self.seed + draw)
-        CarriedSquare(self.lockstep, settled, self.ledger, samples, offered).run()
+        CarriedSquare(self.lockstep, settled, self.ledger, samples, offered, self.rows).run()
 
     def _near(self) -> Counts:
         """The survivors whose best candidates came nearest to the boundary, the nearest first."""
