@@ -10,10 +10,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
+from reports import Row, made_run
 
 import robustdeq
+from robustdeq.errors import UsageError
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "benchmarks"
 pytestmark = pytest.mark.skipif(not SCRIPTS.is_dir(), reason="needs the checkout, not the wheel")
@@ -144,3 +147,36 @@ def test_a_larger_state_is_the_same_function() -> None:
         torch.testing.assert_close(large(x), model(x), atol=1e-4, rtol=1e-4)
     assert (small["units"], wide["units"]) == (96, 288)
     assert wide["steps"] == pytest.approx(small["steps"], abs=0.5)
+
+
+def test_only_whole_runs_of_committed_code_are_published(tmp_path: Path) -> None:
+    script = importlib.import_module("publish")
+    publish, boards = script.published, tmp_path / "boards"
+    run = made_run(tmp_path / "a", [Row("One"), Row("Two", broken=(0, 0, 0, 0))])
+    boards.mkdir()
+    with pytest.raises(UsageError, match="no suite of"):
+        publish(run, boards)
+    (boards / "made.toml").touch()
+    with pytest.raises(UsageError, match="never committed"):
+        publish(run, boards)
+    run.data["git"] = {"commit": "c", "dirty": False}
+    folder = publish(run, boards)
+    assert {p.name for p in folder.iterdir()} >= {
+        "table.csv", "table.md", "run.json", "index.html", "clean-and-robust-digits-linf-3-16.svg",
+    }  # fmt: skip
+    frame = pd.read_csv(folder / "table.csv")
+    text = "before\n<!-- leaderboard: made -->\nold\n<!-- end -->\nafter\n"
+    shown = script.filled(text, {"made": frame})
+    assert "| 1 | `Two` | 100.00 | 100.00 | 100.00 |" in shown
+    assert "`One` | 100.00 | 70.00 | 50.00 | 23.66 to 76.34 |" in shown
+    assert "old" not in shown
+    half = made_run(tmp_path / "b", [Row("One"), Row("Half", attacked=2)])
+    half.data["git"] = {"commit": "c", "dirty": False}
+    with pytest.raises(UsageError, match="lacks Half"):
+        publish(half, boards)
+
+
+def test_readme_shows_the_published_tables() -> None:
+    script = importlib.import_module("publish")
+    text = script.README.read_text()
+    assert script.filled(text, script.held()) == text
