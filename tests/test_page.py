@@ -20,7 +20,7 @@ from PIL import Image
 from reports import Row, made_run, repeated
 
 from robustdeq.reporting.images import read_images
-from robustdeq.reporting.page.build import render_page, write_page
+from robustdeq.reporting.page.build import CHARTS, render_page, write_page
 from robustdeq.reporting.page.environment import asset, breakable, cut, link, percent, policy
 from robustdeq.reporting.page.evidence import stage_views
 from robustdeq.reporting.page.examples import examples_of
@@ -157,6 +157,15 @@ def test_two_hundred_rows_weigh_less_than_five_megabytes(tmp_path: Path) -> None
     text = render_page(repeated(run, 200))
     assert text.count('class="open"') == 200
     assert len(text.encode()) < 5_000_000
+
+
+def test_figures_beyond_what_a_page_may_hold_are_left_to_their_folder(tmp_path: Path) -> None:
+    run = made_run(tmp_path, [Row("Ours")])
+    large = Chart("t", "a", "c", f"<svg>{'x' * (CHARTS // 3)}</svg>")
+    text = render_page(run, [large] * 4)
+    assert text.count("<figure>") == 2
+    assert "2 more figures stand in the folder figures/" in text
+    assert "more figures" not in render_page(run, [Chart()])
 
 
 def test_examples_show_what_the_records_hold(tmp_path: Path) -> None:

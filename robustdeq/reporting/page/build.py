@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -18,6 +19,8 @@ from robustdeq.reporting.run import RunReport
 FILE = "index.html"
 PICTURES = 1_500_000
 """Characters that the examples of all rows may take together."""
+CHARTS = 900_000
+"""Characters that the figures may take together; the others stand in `figures/` alone."""
 _FILTERS = {
     "dataset": "Data set", "threat": "Threat", "family": "Family", "track": "Track",
     "flag": "Flag", "status": "Status",
@@ -50,7 +53,7 @@ def render_page(run: RunReport, drawn: Sequence[Drawn] = ()) -> str:
     Args:
         drawn: figures to show below the table.
     """
-    rows = row_views(run)
+    rows, charts = row_views(run), _charts(drawn)
     places = [run.origin(row.number).folder for row in rows]
     images = {folder: read_images(folder) for folder in set(places)}
     share = PICTURES // max(len(rows), 1)
@@ -68,7 +71,8 @@ def render_page(run: RunReport, drawn: Sequence[Drawn] = ()) -> str:
                 row.number: evidence_view(run, row.number, images[folder], share)
                 for row, folder in zip(rows, places, strict=True)
             },
-            charts=[_chart(figure) for figure in drawn],
+            charts=charts,
+            more=len(drawn) - len(charts),
             notes=NOTES,
             scripts=scripts(),
         )
@@ -81,6 +85,13 @@ def write_page(run: RunReport, drawn: Sequence[Drawn] = (), path: Path | None = 
     path = path or run.folder / FILE
     write_atomically(path, render_page(run, drawn).encode())
     return path
+
+
+def _charts(drawn: Sequence[Drawn]) -> list[_Chart]:
+    """The first figures, as many as a page may hold."""
+    charts = [_chart(figure) for figure in drawn]
+    sizes = itertools.accumulate(len(chart.source) for chart in charts)
+    return [chart for chart, size in zip(charts, sizes, strict=True) if size <= CHARTS]
 
 
 def _chart(figure: Drawn) -> _Chart:
@@ -104,10 +115,13 @@ def _facts(run: RunReport) -> list[str]:
 
 
 def _common(rows: Sequence[RowView]) -> list[str]:
-    """Data set and track, where all rows have the same: no column tells them then."""
-    datasets, tracks = {r.verdict.dataset for r in rows}, {r.verdict.track for r in rows}
-    told = [*datasets] if len(datasets) == 1 else []
-    return told + ([f"{track} models" for track in tracks] if len(tracks) == 1 else [])
+    """Data set, threat and track, where all rows have the same: no column tells them then."""
+    held = [
+        {row.verdict.dataset for row in rows},
+        {row.verdict.threat for row in rows},
+        {f"{row.verdict.track} models" for row in rows},
+    ]
+    return [cut(*values, 60) for values in held if len(values) == 1]
 
 
 def _filters(rows: Sequence[RowView]) -> list[tuple[str, str, list[str]]]:

@@ -14,7 +14,7 @@ from robustdeq.reporting.images import Images
 from robustdeq.reporting.page.examples import Examples, examples_of
 from robustdeq.reporting.page.sparkline import Sparkline, sparkline
 from robustdeq.reporting.run import RunReport
-from robustdeq.verdict import Evidence, Verdict, joined, records_of
+from robustdeq.verdict import ENGINE_LEFT_OUT, Evidence, Verdict, joined, records_of
 
 _ABOUT = ("title", "authors", "venue", "link", "claimed", "reproduced")
 
@@ -24,6 +24,7 @@ class StageView:
     """One attack through one gradient.
 
     Attributes:
+        engine: what ran AutoAttack, where that is not the reference library.
         attacked: samples that it was given and on which it answered by the rules.
         broke: those of them that the judge found broken.
         first: those that no attack before it had broken; `parts` names its components.
@@ -31,6 +32,7 @@ class StageView:
     """
 
     label: str
+    engine: str
     gradient: str
     attacked: int
     broke: int
@@ -84,6 +86,7 @@ def _stage(label: str, records: Sequence[Record], verdict: Verdict) -> StageView
     idle = (Status.OK, Status.MISCLASSIFIED, Status.BROKEN_BEFORE, Status.UNTRIED)
     return StageView(
         label=label,
+        engine=_engine(records),
         gradient=str(records[0].meta.stage.get("gradient", "honest")),
         attacked=attacked,
         broke=int(broken(rows).sum()),
@@ -94,6 +97,13 @@ def _stage(label: str, records: Sequence[Record], verdict: Verdict) -> StageView
         backward_nfe=sum(record.meta.backward_nfe for record in records),
         seconds=sum(record.meta.seconds for record in records),
     )
+
+
+def _engine(records: Sequence[Record]) -> str:
+    """What ran AutoAttack, where that is not the reference library."""
+    name = str(records[0].meta.stage.get("parameters", {}).get("engine", "reference"))
+    fell_back = any(n.startswith(ENGINE_LEFT_OUT) for r in records for n in r.meta.notes)
+    return "" if fell_back or name == "reference" else name
 
 
 def _checks(evidence: Evidence) -> list[dict[str, Any]]:
