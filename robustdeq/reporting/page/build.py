@@ -121,7 +121,7 @@ def _common(rows: Sequence[RowView]) -> list[str]:
         {row.verdict.threat for row in rows},
         {f"{row.verdict.track} models" for row in rows},
     ]
-    return [cut(*values, 60) for values in held if len(values) == 1]
+    return [cut(next(iter(values)), 60) for values in held if len(values) == 1]
 
 
 def _filters(rows: Sequence[RowView]) -> list[tuple[str, str, list[str]]]:
