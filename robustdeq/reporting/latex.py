@@ -21,7 +21,7 @@ _HEADINGS = ("Rank", "Model", "$n$", "Clean", "AA", "Robust", "95\\,\\%", "NFE")
 _COLUMNS = "rlrrrrrr"
 _CAPTION = (
     "Accuracy in percent. AA: AutoAttack alone. Robust: worst case over all attacks and "
-    "gradients, with Wilson interval. NFE: evaluations of the cell / vector-Jacobian products. "
+    "gradients, with Wilson interval. NFE: evaluations of the cell and vector-Jacobian products. "
     "n/a: could not be measured. Bold: rank 1; rows of one rank do not differ beyond chance on the "
     "same samples (exact McNemar test, Holm's correction), whatever their figures."
 )
@@ -83,7 +83,7 @@ def _table(where: Sequence[str], rows: pd.DataFrame, number: int) -> str:
     return "\n".join(
         [
             r"\begin{table}[htbp]",
-            r"\centering\footnotesize\setlength{\tabcolsep}{3pt}",
+            r"\centering\footnotesize\setlength{\tabcolsep}{2.5pt}",
             f"\\caption{{{told}. {escaped(_CAPTION, len(_CAPTION))}}}",
             f"\\label{{tab:robustdeq-{number}}}",
             body.strip(),
@@ -115,5 +115,5 @@ def _cells(row: pd.Series, mark: str) -> list[str]:
         percent(row["autoattack_acc"]),
         robust,
         interval,
-        f"{short(row['forward_nfe'])} / {short(row['backward_nfe'])}",
+        short(row["forward_nfe"] + row["backward_nfe"]),
     ]
