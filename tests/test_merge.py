@@ -19,6 +19,7 @@ from robustdeq.reporting.page.build import render_page
 from robustdeq.reporting.page.examples import examples_of
 from robustdeq.reporting.run import RunReport, read_run
 from robustdeq.tables import tabulate
+from robustdeq.verdict import Failure
 
 HALF = [True, False] * 10
 LESS = [True, False, False, False] * 5
@@ -181,3 +182,18 @@ def test_the_command_merges_and_refuses(
     assert "Standard_deq on digits" in err
     assert str(b) in err
     assert "torch" in err
+
+
+def test_what_broke_an_unfinished_row_is_not_robust_in_another_run(tmp_path: Path) -> None:
+    failures = (Failure("square", 0, "it broke down"),)
+    strong = Row("One", broken=(3, 1, 1, 0), attacked=3, failures=failures)
+    weak = Row("One", broken=(3, 1, 0, 0))
+    whole, half = made_run(tmp_path / "whole", [weak]), made_run(tmp_path / "half", [strong])
+    assert (whole.verdicts[0].status, half.verdicts[0].status) == ("ok", "failed")
+    for runs in ([whole, half], [half, whole]):
+        with pytest.raises(UsageError, match=r"robust samples in .* broke \(1\)"):
+            merge(runs)
+    same = made_run(tmp_path / "same", [strong])
+    assert merge([half, same]).verdicts[0].robust_acc is None
+    less = made_run(tmp_path / "less", [replace(strong, broken=(3, 0, 0, 0))])
+    assert merge([whole, less]).verdicts[0].robust_acc == 0.6

@@ -109,7 +109,23 @@ def _chosen(group: Sequence[_Row]) -> _Row:
     done = [row for row in group if row.ok]
     for other in done[1:]:
         _require_agreement(done[0], other)
+    for other in group:
+        if done and not other.ok:
+            _require_no_break(done[0], other)
     return max(done, key=lambda row: len(row.verdict.flags)) if done else group[0]
+
+
+def _require_no_break(done: _Row, unfinished: _Row) -> None:
+    """What an unfinished row fell to must not count as robust because another run is whole."""
+    held = unfinished.verdict.samples
+    if not len(held):
+        return
+    fallen = set(held.loc[held["clean"] & ~held["robust"], "index"])
+    samples = done.verdict.samples
+    stands = sorted(set(samples.loc[samples["robust"], "index"]) & fallen)
+    if stands:
+        what = f"robust samples in {done.origin} that {unfinished.origin} broke ({len(stands)})"
+        raise _refusal(done, what)
 
 
 def _require_agreement(a: _Row, b: _Row) -> None:
