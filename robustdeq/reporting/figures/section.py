@@ -11,11 +11,11 @@ from typing import Any
 
 import pandas as pd
 
+from robustdeq.comparison import doubts
 from robustdeq.reporting.figures.words import LABEL, plain, slug, told
 from robustdeq.reporting.run import RunReport
-from robustdeq.verdict import Evidence, Verdict
+from robustdeq.verdict import Evidence, Verdict, joined, records_of
 
-_NOT_DOUBTS = ("randomized", "left_out:")
 DOUBT = " †"
 """What the label of a row with flags ends in."""
 
@@ -44,7 +44,7 @@ class Row:
     @property
     def in_doubt(self) -> bool:
         """Whether a check or an attack gave a reason to doubt the row."""
-        return any(not flag.startswith(_NOT_DOUBTS) for flag in self.verdict.flags)
+        return bool(doubts(self.verdict))
 
     def label(self, most: int = LABEL) -> str:
         """The ID as an axis can hold it."""
@@ -52,14 +52,13 @@ class Row:
 
     def joined(self, kind: str, label: str | None = None) -> pd.DataFrame:
         """The rows of a kind of records, over all chunks."""
-        parts = [r.rows for r in self._of(kind) if label is None or r.meta.label == label]
-        parts = [part for part in parts if len(part)]
-        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+        return joined(self.evidence, kind, label)
 
     def stages(self) -> list[Stage]:
         """The attacks that have seen every sample, in order; those with gaps are left out."""
-        specs = {r.meta.label: r.meta.stage for r in reversed(self._of("attack"))}
-        labels = dict.fromkeys(r.meta.label for r in self._of("attack"))
+        held = records_of(self.evidence, "attack")
+        specs = {r.meta.label: r.meta.stage for r in reversed(held)}
+        labels = dict.fromkeys(r.meta.label for r in held)
         stages = [Stage(label, specs[label], self.joined("attack", label)) for label in labels]
         return [stage for stage in stages if len(stage.rows) == self.verdict.n]
 
@@ -67,10 +66,6 @@ class Row:
         """The clean records; empty unless they hold every sample."""
         rows = self.joined("clean")
         return rows if len(rows) == self.verdict.n else pd.DataFrame()
-
-    def _of(self, kind: str) -> list[Any]:
-        held = [r for r in self.evidence.records if r.meta.kind == kind]
-        return sorted(held, key=lambda r: r.meta.chunk)
 
 
 @dataclass(frozen=True, eq=False)
