@@ -24,6 +24,7 @@ from robustdeq.files import make_folder, write_atomically
 from robustdeq.reporting.figures import Figure, figures
 from robustdeq.reporting.formats import write_tables
 from robustdeq.reporting.page.build import write_page
+from robustdeq.reporting.page.environment import percent
 from robustdeq.reporting.run import RunReport, read_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,14 +87,10 @@ def _cells(row: Any) -> tuple[str, ...]:
     return (
         "" if pd.isna(row["rank"]) else f"{row['rank']:.0f}",
         f"`{row['id']}`",
-        *(_percent(row[name]) for name in ("clean_acc", "autoattack_acc", "robust_acc")),
-        f"{_percent(row['robust_low'])} to {_percent(row['robust_high'])}",
+        *(percent(row[name]) for name in ("clean_acc", "autoattack_acc", "robust_acc")),
+        f"{percent(row['robust_low'])} to {percent(row['robust_high'])}",
         "" if pd.isna(row["flags"]) else ", ".join(dict.fromkeys(flags)),
     )
-
-
-def _percent(value: float) -> str:
-    return "n/a" if pd.isna(value) else f"{100 * value:.2f}"
 
 
 def _images(name: str) -> str:

@@ -54,6 +54,7 @@ def render_page(run: RunReport, drawn: Sequence[Drawn] = ()) -> str:
         drawn: figures to show below the table.
     """
     rows, charts = row_views(run), _charts(drawn)
+    filters = _filters(rows)
     places = [run.origin(row.number).folder for row in rows]
     images = {folder: read_images(folder) for folder in set(places)}
     share = PICTURES // max(len(rows), 1)
@@ -64,8 +65,8 @@ def render_page(run: RunReport, drawn: Sequence[Drawn] = ()) -> str:
             name=run.name,
             description=run.data["suite"].get("description", ""),
             facts=[*_facts(run), *_common(rows)],
-            filters=_filters(rows),
-            told={key for key, _, _ in _filters(rows)},
+            filters=filters,
+            told={key for key, _, _ in filters},
             rows=rows,
             evidences={
                 row.number: evidence_view(run, row.number, images[folder], share)
