@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from robustdeq import cli
 from robustdeq.evaluation.run import Options, run_suite
 from robustdeq.records import Store
 from robustdeq.reporting.run import RunReport
@@ -129,19 +127,6 @@ def report_of(
     }
     evidences = tuple(Evidence(case=case, chunks=1, expected={}) for case in held)
     return RunReport(Path(folder), told | data, evidences, tuple(verdicts))
-
-
-def command(
-    arguments: Sequence[object],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> tuple[int, str, str]:
-    """Exit code, output and errors of the command line."""
-    monkeypatch.setattr(sys, "argv", ["robustdeq", *map(str, arguments)])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    out, err = capsys.readouterr()
-    return int(caught.value.code or 0), out, err
 
 
 def is_one_sentence(err: str) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 import acme
 import pandas as pd
 import pytest
+from terminal import command as run
 
 from robustdeq import cli
 from robustdeq.datasets import DATA_VARIABLE
@@ -30,16 +31,6 @@ defense = "feedforward"
 parameters = { width = 96, inner = 96 }
 weights = "digits-feedforward-clean.safetensors"
 """
-
-
-def run(
-    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["robustdeq", *arguments])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    out, err = capsys.readouterr()
-    return int(caught.value.code or 0), out, err
 
 
 @pytest.fixture

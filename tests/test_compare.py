@@ -15,7 +15,6 @@ import pytest
 from reported import (
     HOSTILE,
     SAMPLES,
-    command,
     copied,
     is_one_sentence,
     report_of,
@@ -23,6 +22,7 @@ from reported import (
     unbreak,
     verdict,
 )
+from terminal import command
 
 from robustdeq.comparison import compare, flips_table, paragraph
 from robustdeq.errors import UsageError

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from reported import (
     HOSTILE,
     SAMPLES,
-    command,
     copied,
     is_one_sentence,
     report_of,
@@ -26,6 +25,7 @@ from reported import (
     verdict,
     with_about,
 )
+from terminal import command
 
 from robustdeq.datasets import load_slice
 from robustdeq.errors import CaseError, UsageError

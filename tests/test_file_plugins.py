@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from terminal import command
 
 import robustdeq
-from robustdeq import cli
 from robustdeq.datasets import load_slice
 from robustdeq.errors import CaseError, UsageError
 from robustdeq.evaluation.provenance import source_digest
@@ -95,16 +94,6 @@ def suite_in(folder: Path, text: str = SUITE) -> Suite:
     (folder / "attacks" / "noise.py").write_text(ATTACK)
     (folder / "tiny.toml").write_text(text)
     return find_suite(str(folder / "tiny.toml"))
-
-
-def robustdeq_(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
-) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["robustdeq", *arguments])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    out, err = capsys.readouterr()
-    return int(caught.value.code or 0), out, err
 
 
 def records(out: Path) -> dict[str, int]:
@@ -279,20 +268,20 @@ def test_training_a_file_gives_weights_that_run_takes(
     suite_in(tmp_path)
     monkeypatch.chdir(tmp_path)
     train = ["train", "mine.py", "--out", "w.safetensors", "--recipe-set", "epochs=2"]
-    assert robustdeq_(monkeypatch, capsys, *train)[0] == 0
+    assert command([*train], monkeypatch, capsys)[0] == 0
     info, first = read_info(Path("w.safetensors")), file_sha256(Path("w.safetensors"))
     assert info.defense == "file:Mine"
     written = Path("w.safetensors").stat().st_mtime_ns
-    assert robustdeq_(monkeypatch, capsys, *train)[0] == 0
+    assert command([*train], monkeypatch, capsys)[0] == 0
     assert Path("w.safetensors").stat().st_mtime_ns == written  # it was done already
     file = Path("mine.py")
     file.write_text(DEFENSE.replace("x.flatten(1)", "2 * x.flatten(1)"))
-    assert robustdeq_(monkeypatch, capsys, *train)[0] == 0
+    assert command([*train], monkeypatch, capsys)[0] == 0
     assert file_sha256(Path("w.safetensors")) != first  # edited code is trained again
 
     run = ["run", "tiny.toml", "--only", "^Mine$", "--battery", "standard", "--samples", "3"]
     with_weights = ["--plugin", "mine.py=w.safetensors", "--plugin", "attacks/noise.py:Noise"]
-    code, _, err = robustdeq_(monkeypatch, capsys, *run, *with_weights)
+    code, _, err = command([*run, *with_weights], monkeypatch, capsys)
     assert code == 0, err
     folder = tmp_path / "out" / "tiny"
     table = pd.read_csv(folder / "table.csv")
@@ -303,8 +292,8 @@ def test_training_a_file_gives_weights_that_run_takes(
     assert str(tmp_path) not in text
     assert str(tmp_path) not in (folder / "bundle" / "manifest.json").read_text()
     arguments = ["verify", str(folder / "bundle"), "--plugin", "mine.py"]
-    assert robustdeq_(monkeypatch, capsys, *arguments)[0] == 2
-    code, text, err = robustdeq_(monkeypatch, capsys, *arguments, "--trust-plugins")
+    assert command([*arguments], monkeypatch, capsys)[0] == 2
+    code, text, err = command([*arguments, "--trust-plugins"], monkeypatch, capsys)
     assert code == 0, text + err
 
 
@@ -395,7 +384,7 @@ def test_wrong_additions_are_one_sentence(
     )
     info = WeightsInfo("file:Mine", {}, "digits", "clean", {}, "", 0, True)
     save_weights(torch.nn.Linear(1, 1), info, tmp_path / "w.safetensors")
-    code, _, err = robustdeq_(monkeypatch, capsys, "run", "tiny.toml", "--plugin", text)
+    code, _, err = command(["run", "tiny.toml", "--plugin", text], monkeypatch, capsys)
     assert code == 2
     assert words in err
     assert err.count("\n") == 1
@@ -414,7 +403,7 @@ def test_evaluate_takes_plugin_objects_and_files(
     again = robustdeq.evaluate(defense, chunk.x, chunk.y, **settings)
     assert again.weights_sha256 == fresh.weights_sha256  # built under the seed
     train = ["train", "mine.py", "--out", "w.safetensors", "--recipe-set", "epochs=8"]
-    assert robustdeq_(monkeypatch, capsys, *train)[0] == 0
+    assert command([*train], monkeypatch, capsys)[0] == 0
     trained = robustdeq.evaluate(
         defense, chunk.x[:2], chunk.y[:2], weights="w.safetensors", **settings
     )

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reported import command, copied, is_one_sentence, report_of, tiny_run, unbreak, verdict
+from reported import copied, is_one_sentence, report_of, tiny_run, unbreak, verdict
 from reports import Row, made_run
+from terminal import command
 
 from robustdeq.errors import UsageError
 from robustdeq.reporting.figures.draw import figures

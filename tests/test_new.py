@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import keyword
-import sys
 import tempfile
 from pathlib import Path
 
@@ -12,8 +11,8 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from terminal import command
 
-from robustdeq import cli
 from robustdeq.contract.check import check_plugin
 from robustdeq.contract.templates import Template, class_name, template, write_template
 from robustdeq.errors import UsageError
@@ -35,16 +34,6 @@ defense = "feedforward"
 parameters = { width = 96, inner = 96 }
 weights = "digits-feedforward-clean.safetensors"
 """
-
-
-def robustdeq(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
-) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["robustdeq", *arguments])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    out, err = capsys.readouterr()
-    return int(caught.value.code or 0), out, err
 
 
 @pytest.mark.parametrize("kind", ["defense", "attack"])
@@ -115,7 +104,7 @@ def test_other_names_are_refused_in_one_sentence(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    code, _, err = robustdeq(monkeypatch, capsys, "new", kind, name, "--out", str(tmp_path))
+    code, _, err = command(["new", kind, name, "--out", str(tmp_path)], monkeypatch, capsys)
     assert code == 2
     assert words in err
     assert err.count("\n") == 1
@@ -128,7 +117,7 @@ def test_nothing_is_overwritten(
     (tmp_path / "mine.py").write_text("precious")
     (tmp_path / "led.py").symlink_to(tmp_path / "nowhere.py")
     for name in ("mine", "led"):
-        code, _, err = robustdeq(monkeypatch, capsys, "new", "attack", name, "--out", str(tmp_path))
+        code, _, err = command(["new", "attack", name, "--out", str(tmp_path)], monkeypatch, capsys)
         assert code == 2
         assert "is there already" in err
         assert err.count("\n") == 1
@@ -149,7 +138,7 @@ def test_an_authors_whole_way_takes_five_commands(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.toml").write_text(TINY)
-    code, text, _ = robustdeq(monkeypatch, capsys, "new", "defense", "my_deq")
+    code, text, _ = command(["new", "defense", "my_deq"], monkeypatch, capsys)
     assert code == 0
     told = [line.strip() for line in text.splitlines()[1:]]
     assert told == [
@@ -160,17 +149,17 @@ def test_an_authors_whole_way_takes_five_commands(
     file = tmp_path / "my_deq.py"
     file.write_text(file.read_text().replace('"pgd_at"', '"clean"').replace("* 0.9", "* 0.8"))
 
-    code, text, _ = robustdeq(monkeypatch, capsys, *told[0].split()[1:], "--minutes", "0.05")
+    code, text, _ = command([*told[0].split()[1:], "--minutes", "0.05"], monkeypatch, capsys)
     assert code == 0, text
     assert text.endswith("MyDeq passes.\n")
 
     brief = ["--set", "width=48", "--recipe-set", "epochs=8"]
-    code, text, _ = robustdeq(monkeypatch, capsys, *told[1].split()[1:], *brief)
+    code, text, _ = command([*told[1].split()[1:], *brief], monkeypatch, capsys)
     assert code == 0, text
     assert "(complete)" in text
 
     run = ["run", "tiny.toml", *told[2].split()[3:]]
-    code, text, err = robustdeq(monkeypatch, capsys, *run)
+    code, text, err = command([*run], monkeypatch, capsys)
     assert code == 0, err
     table = pd.read_csv(tmp_path / "out" / "tiny" / "table.csv").set_index("id")
     assert set(table.index) == {"Plain", "MyDeq"}
@@ -181,6 +170,6 @@ def test_an_authors_whole_way_takes_five_commands(
     assert row["case"]["parameters"] == {"width": 48}
     assert row["about"]["title"] == "What it is, in a line"
 
-    code, text, _ = robustdeq(monkeypatch, capsys, "report", "out")
+    code, text, _ = command(["report", "out"], monkeypatch, capsys)
     assert code == 0
     assert "| MyDeq | file:MyDeq |" in text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,8 +24,8 @@ from bundles import (
     whys,
 )
 from safetensors.numpy import load_file, save_file
+from terminal import command
 
-from robustdeq import cli
 from robustdeq.errors import CaseError, UsageError
 from robustdeq.evaluation.direct import evaluate
 from robustdeq.evidence.adopt import submit_bundle
@@ -266,16 +265,6 @@ def test_errors_name_what_is_missing(tmp_path: Path, run: Path) -> None:
         submit_examples(tmp_path, "Plain", tmp_path / "x", "Ada")
     with pytest.raises(UsageError, match="does not exist; name a safetensors file"):
         submit_examples(run, "Plain", tmp_path / "x", "Ada")
-
-
-def command(
-    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["robustdeq", *arguments])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    out, err = capsys.readouterr()
-    return int(caught.value.code or 0), out, err
 
 
 def test_verify_as_a_command(
