@@ -1,4 +1,4 @@
-"""The two ways in which a user's run can go wrong, each one sentence long."""
+"""The ways in which a user's run can go wrong, each one sentence long."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ class UsageError(RobustDEQError):
 
 class CaseError(RobustDEQError):
     """One row cannot be computed; the others go on: exit code 1."""
+
+
+class StorageError(RobustDEQError):
+    """Results cannot be kept, so that the run cannot go on: exit code 1."""
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:

@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from robustdeq.errors import UsageError
-from robustdeq.files import make_folder, write_atomically
+from robustdeq.files import write_atomically
 from robustdeq.keys import canonical_json, digest
 
 FORMAT = 1
@@ -245,8 +246,14 @@ class Store:
         return self.folder / f"{key}.parquet"
 
     def write(self, record: Record) -> None:
-        """Store a record atomically."""
-        make_folder(self.folder)
+        """Store a record atomically.
+
+        Raises:
+            StorageError: if it cannot be written.
+        """
+        # Its parents are not made: where they are gone, a disk is, and not a folder.
+        with suppress(OSError):
+            self.folder.mkdir(exist_ok=True)
         schema = _SCHEMAS.get(record.meta.kind, SAMPLE_SCHEMA)
         table = pa.Table.from_pandas(record.rows, schema=schema, preserve_index=False)
         text = canonical_json(asdict(record.meta))

@@ -18,6 +18,8 @@ import pandas as pd
 from robustdeq.records import Record, broken
 from robustdeq.statistics import wilson
 
+OUT_OF_MEMORY = "out of memory"
+"""How a note begins that says so; it moves no figure, so that it is no flag."""
 ENGINE_LEFT_OUT = "joint engine left out"
 """How the note begins where the reference ran in place of the joint engine."""
 DOUBT_GAIN = 0.02
@@ -308,6 +310,7 @@ def _flags(
     flags = ["randomized"] if verdict.track == "randomized" else []
     flags += _check_flags(joined(evidence, "checks"))
     notes = (note for r in records_of(evidence, "attack") for note in r.meta.notes)
+    notes = (note for note in notes if not note.startswith(OUT_OF_MEMORY))
     flags += [f"left_out:{note}" for note in dict.fromkeys(notes)]
     for label, rows in attacks.items():
         flags += [

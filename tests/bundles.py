@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from robustdeq.datasets import load_slice
-from robustdeq.evaluation.run import Options, run_suite
 from robustdeq.evidence.bundle import MANIFEST, BundleRow, read_bundle, sealed
 from robustdeq.evidence.bundling import Parts, write_bundle
 from robustdeq.evidence.rescoring import Setting
 from robustdeq.evidence.verify import Report, verify_bundle
 from robustdeq.keys import file_sha256
 from robustdeq.reporting.run import read_run
+from robustdeq.running.run import Options, run_suite
 from robustdeq.suite import parse_suite
 
 SAMPLES = 8

@@ -13,9 +13,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from robustdeq.evaluation.run import Options, run_suite
 from robustdeq.records import Store
 from robustdeq.reporting.run import RunReport
+from robustdeq.running.run import Options, run_suite
 from robustdeq.statistics import wilson
 from robustdeq.suite import AttackEntry, adjusted, find_suite
 from robustdeq.verdict import Evidence, Verdict

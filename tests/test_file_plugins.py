@@ -18,7 +18,6 @@ import robustdeq
 from robustdeq.datasets import load_slice
 from robustdeq.errors import CaseError, UsageError
 from robustdeq.evaluation.provenance import source_digest
-from robustdeq.evaluation.run import Options, run_suite
 from robustdeq.evaluation.subject import Source, build_subject, chunk_of
 from robustdeq.evidence.bundle import read_bundle, sealed
 from robustdeq.evidence.rescoring import Setting
@@ -27,6 +26,7 @@ from robustdeq.keys import file_sha256
 from robustdeq.plugin_files import class_in, classes_in, located, public_name
 from robustdeq.plugin_rows import additions
 from robustdeq.registry import load, plugin_class, provider
+from robustdeq.running.run import Options, run_suite
 from robustdeq.suite import Suite, as_data, expand, find_suite
 from robustdeq.training.run import jobs_of, run_job
 from robustdeq.weights import WeightsInfo, read_info, save_weights

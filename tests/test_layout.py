@@ -19,7 +19,7 @@ CORE = ROOT / "robustdeq"
 # Each may import only from groups that stand before its own (or from its own group).
 ORDER = [
     ["texts"],
-    ["errors", "keys", "shapes", "files"],
+    ["errors", "keys", "shapes", "files", "locks"],
     ["threats", "records", "datasets", "randomness", "statistics"],
     ["equilibrium"],
     ["differentiation"],
@@ -31,6 +31,7 @@ ORDER = [
     ["plugin_rows"],
     ["verdict", "tables", "comparison", "reporting"],
     ["evaluation", "training", "evidence", "contract"],
+    ["running"],
     ["cli"],
 ]
 READS_RECORDS_ALONE = {"verdict", "tables", "comparison", "reporting"}

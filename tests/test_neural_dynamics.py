@@ -15,9 +15,9 @@ import robustdeq
 from robustdeq.datasets import load_slice, spec_of
 from robustdeq.equilibrium import EquilibriumClassifier, metered
 from robustdeq.errors import UsageError
-from robustdeq.evaluation.run import Options, run_suite
 from robustdeq.interfaces import trained_form
 from robustdeq.registry import load
+from robustdeq.running.run import Options, run_suite
 from robustdeq.suite import parse_suite
 from robustdeq.targets import Output, Target
 from robustdeq.threats import Threat

@@ -13,9 +13,9 @@ from toys import Linear
 from robustdeq.evaluation.curves import curve_rows, unbounded
 from robustdeq.evaluation.pools import RowPool
 from robustdeq.evaluation.provenance import source_digest
-from robustdeq.evaluation.run import Options, Tick, run_suite
 from robustdeq.randomness import SampleRandom
 from robustdeq.registry import load
+from robustdeq.running.run import Options, Tick, run_suite
 from robustdeq.suite import Curves, parse_suite
 from robustdeq.targets import Target
 from robustdeq.threats import Threat

@@ -15,9 +15,9 @@ import acme
 import pandas as pd
 import pytest
 
-from robustdeq.evaluation.run import Options, Tick, run_suite
 from robustdeq.reporting.formats import render
 from robustdeq.reporting.run import read_run
+from robustdeq.running.run import Options, Tick, run_suite
 from robustdeq.suite import Suite, parse_suite
 from robustdeq.tables import COLUMNS, COST_COLUMNS
 from robustdeq.verdict import Verdict
@@ -129,7 +129,7 @@ KILLED = """
 import sys
 from pathlib import Path
 from test_run import suite
-from robustdeq.evaluation.run import Options, run_suite
+from robustdeq.running.run import Options, run_suite
 
 if __name__ == "__main__":
     text = Path(sys.argv[2]).read_text()

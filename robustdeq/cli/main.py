@@ -7,7 +7,7 @@ import sys
 from rich.markup import escape
 
 from robustdeq.cli.console import APP, ERR
-from robustdeq.errors import CaseError, RobustDEQError, sentence
+from robustdeq.errors import RobustDEQError, UsageError, sentence
 
 
 def main() -> None:
@@ -19,7 +19,7 @@ def main() -> None:
         if debug:
             raise
         ERR.print(escape(f"error: {sentence(error)}"), style="red")
-        sys.exit(1 if isinstance(error, CaseError) else 2)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
     except Exception as error:
         if debug:
             raise

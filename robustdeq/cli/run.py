@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +14,7 @@ import typer
 from rich.markup import escape
 
 from robustdeq.cli.console import APP, ERR, OUT
-from robustdeq.errors import UsageError
+from robustdeq.errors import UsageError, unknown
 
 
 @APP.command()
@@ -49,15 +54,27 @@ def run(
             "weights is evaluated as it is built. May be given several times."
         ),
     ] = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(help="Seconds for one attack on one chunk; one that takes longer has failed."),
+    ] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray for a cluster.")] = "local",
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster, auto or HOST:PORT; by default one is started.")
+    ] = None,
+    task_gpus: Annotated[
+        float, typer.Option(help="With ray: of a GPU, for each task; 0.25 puts four on one.")
+    ] = 1.0,
+    task_memory: Annotated[float, typer.Option(help="With ray: GiB set aside for a task.")] = 1.0,
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Only say what it will cost.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Run a suite and write its leaderboard; what was computed before is not computed again."""
-    from robustdeq.evaluation.run import Options, run_suite
     from robustdeq.plugin_rows import additions
     from robustdeq.reporting.publish import publish
+    from robustdeq.running.run import Options, run_suite
     from robustdeq.suite import adjusted, check_suite, find_suite
 
     del debug
@@ -71,14 +88,23 @@ def run(
         _print_estimate(chosen, device, weights, workers)
         return
     options = Options(
-        out=out, device=device, batch_size=batch_size, workers=workers, weights=weights
+        out=out,
+        device=device,
+        batch_size=batch_size,
+        workers=workers,
+        weights=weights,
+        timeout=timeout,
+        cluster=_cluster(engine, address, task_gpus, task_memory),
     )
     try:
-        with _RunDisplay() as display:
+        with _ended_by_sigterm(), _RunDisplay() as display:
             verdicts = run_suite(chosen, options, display.tick)
-    except KeyboardInterrupt:
-        ERR.print("interrupted; finished stages are kept, the same command goes on from there.")
-        raise typer.Exit(130) from None
+    except KeyboardInterrupt as cause:
+        ERR.print(
+            "interrupted; what is finished is kept, and the same command goes on from there:\n"
+            f"  {escape(shlex.join(['robustdeq', *sys.argv[1:]]))}"
+        )
+        raise typer.Exit(143 if str(cause) else 130) from None
     folder = out / chosen.name
     publish(folder)
     OUT.print(
@@ -90,6 +116,32 @@ def run(
         for verdict in failed:
             ERR.print(escape(f"{verdict.id} ({verdict.threat}): {verdict.note}"), style="red")
         raise typer.Exit(1)
+
+
+def _cluster(engine: str, address: str | None, gpus: float, memory: float) -> Any:
+    from robustdeq.running.cluster import Cluster
+
+    if engine == "ray":
+        return Cluster(address, gpus, memory)
+    if engine != "local":
+        raise unknown("engine", engine, ["local", "ray"])
+    if address is not None:
+        raise UsageError("--address is for --engine ray; give both, or neither.")
+    return None
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """A machine that is taken away says so by SIGTERM; it is then as if Ctrl-C had been typed."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt("SIGTERM")
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _RunDisplay:
@@ -135,8 +187,8 @@ def _print_estimate(suite: Any, device: str, weights: Path | None, workers: int 
     from rich.table import Table
 
     from robustdeq.evaluation.estimate import estimate_suite
-    from robustdeq.evaluation.local import default_workers
     from robustdeq.evaluation.subject import pick_device
+    from robustdeq.running.local import default_workers
 
     rows = estimate_suite(suite, device, weights)
     table = Table("ID", "threat", "chunks", "forward, ms", "gradient, ms", "seconds", "note")

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -21,6 +21,7 @@ from robustdeq.errors import CaseError, RobustDEQError, sentence
 from robustdeq.evaluation.curves import curve_rows
 from robustdeq.evaluation.gate import check, is_randomized, run_checks
 from robustdeq.evaluation.judge import Judge, Judgment
+from robustdeq.evaluation.memory import is_out_of_memory, release
 from robustdeq.evaluation.pools import RowPool
 from robustdeq.evaluation.provenance import core_digest, environment
 from robustdeq.evaluation.stages import CHECKS, CLEAN, TRACES, Stage, curves_stage
@@ -43,6 +44,7 @@ from robustdeq.shapes import Images, Labels
 from robustdeq.suite import Curves
 from robustdeq.targets import Target
 from robustdeq.threats import Threat, Violation
+from robustdeq.verdict import OUT_OF_MEMORY
 
 INCOMPLETE = "incomplete"
 """What a case says of its training where a time budget ended it: its row is not ranked."""
@@ -107,12 +109,27 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Event:
-    """What a chain tells its caller: a stage started, gave a record, or failed."""
+    """What a chain tells its caller: a stage started, gave a record, or failed.
 
-    kind: str  # "started", "computed", "resumed", "failed"
+    Engines say "finished" where a chunk is done, and "stopped" where the whole run cannot go on.
+    """
+
+    kind: str  # "started", "computed", "resumed", "failed"; of engines "finished", "stopped"
     label: str
     key: str = ""
     reason: str = ""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage of a chunk with the labels of those whose records it consumes, the clean one aside.
+
+    Any order in which no step comes before one that it needs gives the same records.
+    """
+
+    label: str
+    phase: int
+    needs: tuple[str, ...] = ()
 
 
 @dataclass(eq=False)
@@ -121,6 +138,7 @@ class Chain:
 
     Attributes:
         pools: what other rows found for these samples, once all have been through phase 1.
+        abandoned: stages that are left out because they failed before, with the reason.
     """
 
     subject: Subject
@@ -129,6 +147,7 @@ class Chain:
     shelf: Shelf
     pools: Sequence[RowPool] = ()
     curves: Curves | None = None
+    abandoned: dict[str, str] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
 
     def run(self, phase: int = 1) -> Iterator[Event]:
@@ -142,18 +161,51 @@ class Chain:
         """
         first = self._stage(CLEAN, fatal=True)
         yield from first if phase == 1 else _silent(first)
-        planned = self.planned(self.records[0].meta.track)
-        if phase == 1 and self.chunk.number == 0:
-            yield from self._stage(CHECKS)
-        for stage in planned:
+        for stage in self._order():
             if stage.phase == phase:
                 yield from self._stage(stage)
-            elif stage.phase < phase:
+            elif stage.phase < phase and stage.kind == "attack":
                 self._recall(stage)
-        if phase == 1 and self.curves is not None:
-            yield from self._stage(curves_stage(self.curves))
-        if phase == 1 and self.chunk.number == 0:
-            yield from self._stage(TRACES)
+
+    def only(self, label: str) -> Iterator[Event]:
+        """One stage, where the records of all that it needs are on the shelf.
+
+        Raises:
+            CaseError: if one of them is not, or the clean predictions cannot be had.
+        """
+        self.records = []
+        clean = self._stage(CLEAN, fatal=True)
+        if label == CLEAN.label:
+            yield from clean
+            return
+        _silent(clean)
+        order = self._order()
+        stage = next(stage for stage in order if stage.label == label)
+        for before in self._needs(stage, order):
+            self._recall(before)
+        yield from self._stage(stage)
+
+    def steps(self) -> tuple[Step, ...]:
+        """All stages after the clean one, of both phases; known once that has been through."""
+        order = self._order()
+        return tuple(
+            Step(stage.label, stage.phase, tuple(s.label for s in self._needs(stage, order)))
+            for stage in order
+        )
+
+    def _order(self) -> list[Stage]:
+        """The stages after the clean one."""
+        planned = self.planned(self.records[0].meta.track)
+        first = self.chunk.number == 0
+        curves = [] if self.curves is None else [curves_stage(self.curves)]
+        return [*([CHECKS] if first else []), *planned, *curves, *([TRACES] if first else [])]
+
+    def _needs(self, stage: Stage, order: list[Stage]) -> list[Stage]:
+        """The attacks whose records a stage consumes, beside the clean one."""
+        if stage.kind not in ("attack", "traces") or stage.scope is Scope.CHUNK:
+            return []
+        before = order[: order.index(stage)]
+        return [s for s in before if s.kind == "attack" and s.phase <= stage.phase]
 
     def planned(self, track: str) -> list[Stage]:
         """The attacks that apply to the model."""
@@ -162,11 +214,19 @@ class Chain:
 
     def _recall(self, stage: Stage) -> None:
         """Take a stage's record from the shelf; one that failed has left none."""
+        if stage.label in self.abandoned:
+            return
         held = self.shelf.read(self._key(stage, self._consumed(stage)))
-        if held is not None:
-            self.records.append(held)
+        if held is None:
+            raise CaseError(
+                f"the record of {stage.label} is gone or damaged; give the same command again, "
+                "which computes it anew."
+            )
+        self.records.append(held)
 
     def _stage(self, stage: Stage, fatal: bool = False) -> Iterator[Event]:
+        if stage.label in self.abandoned:
+            return
         consumed = self._consumed(stage)
         key = self._key(stage, consumed)
         held = self.shelf.read(key)
@@ -176,8 +236,9 @@ class Chain:
             return
         yield Event("started", stage.label, key)
         try:
-            record = _computed(self, stage, key, consumed)
-        except Exception as cause:
+            record = self._within_memory(stage, key, consumed)
+        # A plugin that asks Python to exit has failed as one that raises.
+        except (Exception, SystemExit) as cause:
             if fatal and isinstance(cause, RobustDEQError):
                 raise
             if fatal:
@@ -187,6 +248,25 @@ class Chain:
         self.shelf.write(record)
         self.records.append(record)
         yield Event("computed", stage.label, key)
+
+    def _within_memory(self, stage: Stage, key: str, consumed: tuple[str, ...]) -> Record:
+        """The stage's record, with as few rows in one pass as the device's memory asks for.
+
+        What `batch_size` promises holds here too: it splits forward passes and moves no figure.
+        """
+        notes: tuple[str, ...] = ()
+        while True:
+            rows = min(self.subject.batch_size or len(self.chunk.y), len(self.chunk.y))
+            try:
+                return _computed(self, stage, key, consumed, notes)
+            except Exception as cause:
+                if rows == 1 or not is_out_of_memory(cause):
+                    raise
+            # Outside of the handler, whose traceback keeps the attack's tensors alive.
+            release(self.subject.device)
+            self.subject = replace(self.subject, batch_size=(rows + 1) // 2)
+            less = f"at {rows} rows a pass, went on with {(rows + 1) // 2}"
+            notes = (*notes, f"{OUT_OF_MEMORY} {less}")
 
     def _consumed(self, stage: Stage) -> tuple[str, ...]:
         """Digests of the records that decide what the stage is given."""
@@ -234,7 +314,9 @@ def _environment(subject: Subject) -> dict[str, Any]:
     return environment(subject.device, dtype)
 
 
-def _computed(chain: Chain, stage: Stage, key: str, consumed: tuple[str, ...]) -> Record:
+def _computed(
+    chain: Chain, stage: Stage, key: str, consumed: tuple[str, ...], notes: tuple[str, ...] = ()
+) -> Record:
     """The record of one stage, with its cost measured."""
     compute: dict[str, Callable[[Chain, Stage], _Result]] = {
         "clean": _clean,
@@ -268,7 +350,7 @@ def _computed(chain: Chain, stage: Stage, key: str, consumed: tuple[str, ...]) -
         label=stage.label,
         chunk=chain.chunk.number,
         track=result.track or chain.records[0].meta.track,
-        notes=result.notes,
+        notes=(*result.notes, *notes),
         forward_nfe=meter.forward,
         backward_nfe=meter.backward,
         seconds=seconds,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ import torch
 import robustdeq
 from robustdeq.datasets import Slice, load_slice
 from robustdeq.errors import UsageError
-from robustdeq.evaluation.local import Message, Plan, Task, default_workers, run_tasks
 from robustdeq.evaluation.provenance import core_digest, environment, machine
 from robustdeq.evaluation.stages import attack_stages
 from robustdeq.evaluation.subject import (
@@ -27,14 +27,18 @@ from robustdeq.evaluation.subject import (
 from robustdeq.evidence.bundling import Parts, write_bundle
 from robustdeq.evidence.submissions import FILE as SUBMISSIONS
 from robustdeq.evidence.submissions import added, write_json
-from robustdeq.files import make_folder, write_atomically
+from robustdeq.files import make_folder, sweep, write_atomically
 from robustdeq.keys import digest
+from robustdeq.locks import alone_in
 from robustdeq.plugin_files import public_name, reference
 from robustdeq.records import Record, Store
 from robustdeq.registry import provider
 from robustdeq.reporting.formats import write_tables
 from robustdeq.reporting.images import KEPT, write_images
 from robustdeq.reporting.run import read_run
+from robustdeq.running.cluster import Cluster
+from robustdeq.running.local import Local, default_workers
+from robustdeq.running.task import Engine, Message, Plan, Task
 from robustdeq.suite import Case, Suite, as_data, attacks_of, expand
 from robustdeq.tables import to_csv
 from robustdeq.verdict import Evidence, Failure, Verdict, curves_table, judge_evidence
@@ -52,6 +56,8 @@ class Options:
         batch_size: most rows in one forward pass; None for whole chunks.
         workers: processes at a time; None for one per core (one on an accelerator).
         weights: a folder that is looked in first for weights.
+        timeout: seconds that one stage of one chunk may take; what takes longer has failed.
+        cluster: a Ray cluster that computes, in place of this process's own machine.
     """
 
     out: Path
@@ -59,6 +65,8 @@ class Options:
     batch_size: int | None = None
     workers: int | None = None
     weights: Path | None = None
+    timeout: float | None = None
+    cluster: Cluster | None = None
 
 
 @dataclass(frozen=True)
@@ -115,16 +123,43 @@ def run_suite(
     that folder still counts.
 
     Raises:
-        UsageError: if data are missing, or something in the suite or on the machine is not there.
+        UsageError: if data are missing, something in the suite or on the machine is not there, or
+            another run is at work in the same folder.
+        StorageError: if what is computed cannot be written; what was written before is kept.
     """
-    device = pick_device(options.device)
     if options.batch_size is not None and options.batch_size < 1:
         raise UsageError(f"--batch-size is {options.batch_size}; give at least 1.")
+    if options.timeout is not None and not options.timeout > 0:
+        raise UsageError(f"--timeout is {options.timeout:g}; give seconds above 0.")
     folder = options.out / suite.name
-    run = _Running(suite, options, device, folder, tick)
-    run.go()
-    run.leave_evidence()
-    return run.verdicts
+    make_folder(folder / "records")
+    with alone_in(folder), engine_of(options) as engine:
+        sweep(folder)
+        sweep(folder / "records")
+        run = _Running(suite, options, engine, folder, tick)
+        run.go()
+        run.leave_evidence()
+        return run.verdicts
+
+
+@contextmanager
+def engine_of(options: Options) -> Iterator[Engine]:
+    """What computes: this machine, or a cluster for as long as it is wanted.
+
+    Raises:
+        UsageError: if the device, or the cluster, is not there.
+    """
+    if options.cluster is None:
+        device = pick_device(options.device)
+        workers = options.workers or default_workers(device)
+        yield Local(device, workers, options.timeout)
+        return
+    try:
+        from robustdeq.running.ray_engine import connected
+    except ImportError as cause:
+        raise UsageError("Ray is not installed; pip install 'robustdeq[ray]'.") from cause
+    with connected(options.cluster, options.device, options.workers, options.timeout) as engine:
+        yield engine
 
 
 class _Running:
@@ -132,18 +167,18 @@ class _Running:
         self,
         suite: Suite,
         options: Options,
-        device: torch.device,
+        engine: Engine,
         folder: Path,
         tick: Callable[[Tick], None],
     ) -> None:
-        self.suite, self.options, self.device, self.folder = suite, options, device, folder
+        self.suite, self.options, self.engine, self.folder = suite, options, engine, folder
+        self.device = engine.device
         self.attacks = attacks_of(suite)
         self.late = {stage.label for stage in attack_stages(self.attacks) if stage.phase > 1}
         slices: dict[str, Slice] = {}
         for dataset in suite.datasets:
             slices[dataset.name] = load_slice(dataset.name, "test", dataset.samples or None)
         self.slices = slices
-        make_folder(folder / "records")
         write_images(folder, {d.spec.name: d.take(slice(KEPT)) for d in slices.values()})
         self.store = Store(folder / "records")
         self.rows = [self._row(case) for case in expand(suite)]
@@ -164,11 +199,10 @@ class _Running:
         return _Row(case, n, chunks, described_case(case, n), open=held)
 
     def go(self) -> None:
-        workers = self.options.workers or default_workers(self.device)
         try:
-            for message in run_tasks(self._tasks(), workers, self._planned):
+            for message in self.engine.run(self._tasks()):
                 self._take(message)
-            for message in run_tasks(self._second_phase(), workers, self._planned):
+            for message in self.engine.run(self._second_phase()):
                 self._take(message)
         finally:
             self._publish()
@@ -178,7 +212,7 @@ class _Running:
         if not self.late:
             return []
         tasks = [
-            replace(task, phase=2, others=self._others(task))
+            replace(task, phase=2, others=self._others(task), abandoned=self._failed(task))
             for task in self._tasks()
             if self.late & set(self.rows[task.row].expected.get(task.number, ()))
         ]
@@ -197,6 +231,11 @@ class _Running:
             and (row.case.dataset, row.case.threat) == (own.dataset, own.threat)
             and row.case.chunk == own.chunk
         )
+
+    def _failed(self, task: Task) -> tuple[tuple[str, str], ...]:
+        """The stages of a chunk that have left no record."""
+        failures = self.rows[task.row].failures
+        return tuple((f.label, f.reason) for f in failures if f.chunk == task.number)
 
     def _tasks(self) -> list[Task]:
         source = weights_source(self.suite, self.options.weights)
@@ -227,18 +266,21 @@ class _Running:
         self.totals[task.row, task.number] = len(plan.labels) + self.extra + 2 * (task.number == 0)
 
     def _take(self, message: Message) -> None:
-        row, event = self.rows[message.task.row], message.event
-        if event.kind in ("computed", "resumed"):
-            row.keys.setdefault(message.task.number, []).append(event.key)
+        row, item = self.rows[message.task.row], message.item
+        if isinstance(item, Plan):
+            self._planned(message.task, item)
+            return
+        if item.kind in ("computed", "resumed"):
+            row.keys.setdefault(message.task.number, []).append(item.key)
             self.done += 1
-        elif event.kind == "failed":
-            row.failures.append(Failure(event.label, message.task.number, event.reason))
+        elif item.kind == "failed":
+            row.failures.append(Failure(item.label, message.task.number, item.reason))
             self.done += 1
-        if event.kind == "finished" or (event.kind == "failed" and self._closes(message)):
+        elif item.kind == "finished":
             row.open -= 1
             if row.open == 0:
                 self._close(row)
-        self._tell(f"{row.case.entry.id} {event.label}".strip())
+        self._tell(f"{row.case.entry.id} {item.label}".strip())
 
     def _close(self, row: _Row) -> None:
         verdict = row.judged(self.store.summary)
@@ -248,10 +290,6 @@ class _Running:
     def _tell(self, label: str, verdict: Verdict | None = None) -> None:
         total = max(sum(self.totals.values()), self.done)
         self.tick(Tick(self.done, total, label, verdict))
-
-    def _closes(self, message: Message) -> bool:
-        """Whether a failure ended its task: it has no stage, or its process died in that stage."""
-        return not message.event.key
 
     def _publish(self) -> None:
         self.verdicts = [row.judged(self.store.summary) for row in self.rows]
@@ -308,6 +346,7 @@ class _Running:
             "seed": self.suite.seed,
             "environment": environment(self.device, torch.float32),
             "machine": machine(self.device),
+            "engine": self.engine.described(),
             "core": core_digest(),
             "git": git_state(),
             "rows": [
