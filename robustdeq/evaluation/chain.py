@@ -20,6 +20,7 @@ from robustdeq.equilibrium import EquilibriumClassifier, metered
 from robustdeq.errors import CaseError, RobustDEQError, sentence
 from robustdeq.evaluation.curves import curve_rows
 from robustdeq.evaluation.gate import check, is_randomized, run_checks
+from robustdeq.evaluation.integrity import intact
 from robustdeq.evaluation.judge import Judge, Judgment
 from robustdeq.evaluation.memory import is_out_of_memory, release
 from robustdeq.evaluation.pools import RowPool
@@ -458,7 +459,8 @@ def _candidates(chain: Chain, stage: Stage, rows: list[int]) -> Candidates:
     rng = SampleRandom(subject.seed, stage.label, indices)
     x, y = chunk.x[rows], chunk.y[rows]
     # Copies, so that an attack that writes into its arguments cannot move the clean inputs.
-    found = stage.plugin.run(target, x.clone(), y.clone(), subject.threat, rng)
+    with intact("the attack"):
+        found = stage.plugin.run(target, x.clone(), y.clone(), subject.threat, rng)
     candidates = found if isinstance(found, Candidates) else Candidates(found, ("",) * len(rows))
     if not isinstance(candidates.x, Tensor) or candidates.x.shape != x.shape:
         shape = getattr(candidates.x, "shape", type(candidates.x).__name__)
@@ -519,6 +521,8 @@ def _with_adjoint(
     if not isinstance(subject.model, EquilibriumClassifier) or not rows:
         return frame
     finite = [row for row in rows if bool(x_adv[row].isfinite().all())]
+    if not finite:
+        return frame
     target = Target(subject.model, subject.classes, batch_size=subject.batch_size)
     gradient = parse_gradient(stage.gradient)
     if not isinstance(gradient, ModuleGradient):

@@ -14,6 +14,7 @@ import torch
 from robustdeq.datasets import Slice, SliceIdentity
 from robustdeq.errors import CaseError, RobustDEQError, UsageError, sentence
 from robustdeq.evaluation.chain import INCOMPLETE, Chunk, Subject
+from robustdeq.evaluation.integrity import intact
 from robustdeq.evaluation.judge import seeded
 from robustdeq.evaluation.provenance import source_digest
 from robustdeq.interfaces import trained_form
@@ -93,7 +94,7 @@ def build_subject(
         check_matches(info, _expected(case), path)
         complete = info.complete
     try:
-        with seeded(derived_seed(case.seed, "build"), device):
+        with seeded(derived_seed(case.seed, "build"), device), intact(f"defense {name!r}"):
             model = defense.build(data.spec, device)
     except RobustDEQError:
         raise

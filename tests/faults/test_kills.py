@@ -1,0 +1,106 @@
+"""Runs that are killed at random points, and interrupted: the same records in the end."""
+
+from __future__ import annotations
+
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from faulty import assert_same_records, keys, run, start, table
+
+KILLS = int(os.environ.get("ROBUSTDEQ_KILLS", "4"))
+"""In all; the tox environment `faults` makes it 50."""
+SUITE = Path(__file__).parent / "small.toml"
+
+
+def tree(pid: int) -> list[int]:
+    """A process and all that descend from it."""
+    parents: dict[int, list[int]] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        parents.setdefault(int(fields[1]), []).append(int(folder.name))
+    found = [pid]
+    for one in found:
+        found += parents.get(one, [])
+    return found
+
+
+def kill(process: subprocess.Popen[str], whole_tree: bool) -> None:
+    for pid in tree(process.pid) if whole_tree else [process.pid]:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    process.communicate(timeout=60)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc, to find processes")
+def test_killed_at_random_points_the_records_are_the_same(tmp_path: Path) -> None:
+    """Half of the kills take the driver alone, half its whole tree."""
+    whole = tmp_path / "undisturbed"
+    begun = time.monotonic()
+    process = start(whole, tmp_path)
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, text
+    span, rng, killed, round_ = time.monotonic() - begun, random.Random(0), 0, 0
+    out = tmp_path / "0"
+    held: dict[str, int] = {}
+    while killed < KILLS:
+        process = start(out, tmp_path)
+        try:
+            text, _ = process.communicate(timeout=rng.uniform(0.2, 1.0) * span)
+        except subprocess.TimeoutExpired:
+            kill(process, whole_tree=bool(killed % 2))
+            killed += 1
+            time.sleep(0.5)  # what the driver's death has orphaned ends by itself
+        else:
+            assert process.returncode == 0, text
+            assert_same_records(whole, out)
+            round_ += 1
+            out, held = tmp_path / str(round_), {}
+            continue
+        now = keys(out)
+        assert {key: now.get(key) for key in held} == held, "computed again, or lost"
+        held = now
+    run(out)
+    assert {key: keys(out)[key] for key in held} == held
+    assert_same_records(whole, out)
+    pd.testing.assert_frame_equal(table(whole), table(out))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_says_how_to_go_on(
+    number: signal.Signals, code: int, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["run", str(SUITE), "--out", str(out), "--workers", "2"]
+    command = [sys.executable, "-c", "from robustdeq.cli import main; main()", *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    folder, deadline = out / "small" / "records", time.monotonic() + 120
+    while len(list(folder.glob("[!.]*.parquet"))) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "what is finished is kept" in error
+    assert f"  {shlex.join(['robustdeq', *arguments])}\n" in error
+    assert "Traceback" not in error
+    assert not [path for path in folder.iterdir() if path.suffix != ".parquet"]
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert (out / "small" / "table.csv").exists()
+    again = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert again.returncode == 0, again.stderr
+    after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert {name: after[name] for name in before} == before
+    assert len(after) > len(before)
