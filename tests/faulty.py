@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -60,9 +61,7 @@ if __name__ == "__main__":
 def trick(how: str, **parameters: Any) -> str:
     """The lines of a suite that put a trick before its attacks."""
     given = {"how": how, **parameters}
-    shown = ", ".join(
-        f'{k} = "{v}"' if isinstance(v, str) else f"{k} = {v}" for k, v in given.items()
-    )
+    shown = ", ".join(f"{name} = {json.dumps(value)}" for name, value in given.items())
     return f'[[attacks]]\nattack = "{TRICKS}:Trick"\nparameters = {{ {shown} }}\n'
 
 
@@ -88,6 +87,21 @@ def start(out: Path, folder: Path, extra: str = "") -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
+
+
+def tree(pid: int) -> list[int]:
+    """A process and all that descend from it."""
+    parents: dict[int, list[int]] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        parents.setdefault(int(fields[1]), []).append(int(folder.name))
+    found = [pid]
+    for one in found:
+        found += parents.get(one, [])
+    return found
 
 
 def table(out: Path) -> pd.DataFrame:

@@ -82,6 +82,7 @@ def _join(cluster: Cluster, workers: int | None) -> None:
         # Nobody else is to reach a cluster that is started for this run alone.
         options |= {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
         options |= {"num_cpus": workers, "object_store_memory": _OBJECT_STORE}
+        os.environ.setdefault("RAY_worker_niceness", "0")  # as the local engine's processes
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError, OSError) as cause:

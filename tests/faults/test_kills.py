@@ -13,26 +13,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from faulty import assert_same_records, keys, run, start, table
+from faulty import assert_same_records, keys, run, start, table, tree
 
 KILLS = int(os.environ.get("ROBUSTDEQ_KILLS", "4"))
-"""In all; the tox environment `faults` makes it 50."""
+"""In all; the tox environment `faults` wants 50."""
 SUITE = Path(__file__).parent / "small.toml"
-
-
-def tree(pid: int) -> list[int]:
-    """A process and all that descend from it."""
-    parents: dict[int, list[int]] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        parents.setdefault(int(fields[1]), []).append(int(folder.name))
-    found = [pid]
-    for one in found:
-        found += parents.get(one, [])
-    return found
 
 
 def kill(process: subprocess.Popen[str], whole_tree: bool) -> None:

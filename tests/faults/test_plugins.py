@@ -1,4 +1,4 @@
-"""Plugins that exit, hang, fork, flood and patch: their own cell fails, and nothing else changes."""
+"""Plugins that exit, hang, fork, flood, patch: their own cell fails, and nothing else changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Disks that fill, folders that may not be written to, mounts that vanish; two runs in one folder."""
+"""Full disks, folders that may not be written to, mounts that vanish; two runs in one folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ set -e
 mount -t tmpfs -o size={size} none {place}
 {before}
 set +e
-{python} -c 'from robustdeq.cli import main; main()' run {suite} --workers 2 --out {place}/out 2> {place}.err > {place}.out &
+{python} -c 'from robustdeq.cli import main; main()' run {suite} --workers 2 --out {place}/out \\
+    2> {place}.err > {place}.out &
 {during}
 wait $!; echo $? > {place}.rc
 ls -A {place}/out/*/records > {place}.ls 2> /dev/null

@@ -1,4 +1,4 @@
-"""An attack plugin that does what plugins should not: named as a file in the suites of the tests."""
+"""An attack plugin that does what plugins should not; the tests' suites name it as a file."""
 
 from __future__ import annotations
 
