@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import socket
 import tempfile
 import time
 import uuid
@@ -38,6 +39,7 @@ from robustdeq.running.task import Message, Plan, Task, held_events
 
 _RETRIES = 3
 """How often a stage is given to another worker because its own, or its node, has died."""
+_KNOCK_SECONDS = 5.0
 _OBJECT_STORE = 256 * 2**20
 _GIB = 2**30
 
@@ -84,6 +86,7 @@ def _join(cluster: Cluster, workers: int | None) -> None:
         options |= {"num_cpus": workers, "object_store_memory": _OBJECT_STORE}
         os.environ.setdefault("RAY_worker_niceness", "0")  # as the local engine's processes
     try:
+        _knock(cluster.address)
         ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError, OSError) as cause:
         where = cluster.address or "on this machine"
@@ -91,6 +94,13 @@ def _join(cluster: Cluster, workers: int | None) -> None:
             f"there is no Ray cluster {where} ({sentence(cause)}); start one with 'ray start', or "
             "leave --address out."
         ) from cause
+
+
+def _knock(address: str | None) -> None:
+    """Raise OSError where nobody listens; Ray itself would wait for minutes."""
+    host, colon, port = (address or "").rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), _KNOCK_SECONDS).close()
 
 
 def _device(name: str) -> torch.device:

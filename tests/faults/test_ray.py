@@ -177,6 +177,9 @@ def test_a_cluster_without_room_or_without_being_there_is_refused(tmp_path: Path
         run_suite(suite(), Options(out=tmp_path, cluster=Cluster(task_memory=10_000.0)))
     with cluster_of(1), pytest.raises(UsageError, match="has a GPU"):
         run_suite(suite(), Options(out=tmp_path, device="cuda", cluster=Cluster()))
+    nobody = Cluster(address="127.0.0.1:9")
+    with pytest.raises(UsageError, match=r"no Ray cluster 127.0.0.1:9 .*'ray start'"):
+        run_suite(suite(), Options(out=tmp_path, cluster=nobody))
     with pytest.raises(UsageError, match="Ray client"):
         Cluster(address="ray://somewhere:10001")
 
