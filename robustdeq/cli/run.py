@@ -127,6 +127,8 @@ class _RunDisplay:
         self.progress.update(
             self.task, completed=tick.done, total=tick.total, description=escape(tick.label[:48])
         )
+        if tick.note:
+            self.progress.console.print(escape(tick.note), highlight=False)
         if tick.verdict is not None:
             self.progress.console.print(escape(str(tick.verdict)), highlight=False)
 
