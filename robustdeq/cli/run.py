@@ -49,12 +49,21 @@ def run(
             "weights is evaluated as it is built. May be given several times."
         ),
     ] = None,
+    recheck: Annotated[
+        int | None,
+        typer.Option(
+            help="Afterwards run all again under this seed, and say whether any figure leaves its "
+            "interval: recheck.md."
+        ),
+    ] = None,
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Only say what it will cost.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Run a suite and write its leaderboard; what was computed before is not computed again."""
+    from robustdeq.cli.recheck import recheck_run
+    from robustdeq.evaluation.recheck import under_seed
     from robustdeq.evaluation.run import Options, run_suite
     from robustdeq.plugin_rows import additions
     from robustdeq.reporting.publish import publish
@@ -73,8 +82,10 @@ def run(
     options = Options(
         out=out, device=device, batch_size=batch_size, workers=workers, weights=weights
     )
+    if recheck is not None:
+        under_seed(chosen, recheck)  # says what is wrong with it before hours are spent
     try:
-        with _RunDisplay() as display:
+        with RunDisplay() as display:
             verdicts = run_suite(chosen, options, display.tick)
     except KeyboardInterrupt:
         ERR.print("interrupted; finished stages are kept, the same command goes on from there.")
@@ -85,14 +96,15 @@ def run(
         f"\nwrote {escape(str(folder))}/index.html, table.md, table.csv, figures/, run.json "
         "and records/"
     )
+    kept = recheck is None or recheck_run(chosen, options, recheck)
     failed = [verdict for verdict in verdicts if verdict.status != "ok"]
-    if failed:
-        for verdict in failed:
-            ERR.print(escape(f"{verdict.id} ({verdict.threat}): {verdict.note}"), style="red")
+    for verdict in failed:
+        ERR.print(escape(f"{verdict.id} ({verdict.threat}): {verdict.note}"), style="red")
+    if failed or not kept:
         raise typer.Exit(1)
 
 
-class _RunDisplay:
+class RunDisplay:
     """A progress bar with finished rows above it; plain lines where there is no terminal."""
 
     def __init__(self) -> None:
@@ -116,7 +128,7 @@ class _RunDisplay:
         )
         self.task = self.progress.add_task("starting", total=None)
 
-    def __enter__(self) -> _RunDisplay:
+    def __enter__(self) -> RunDisplay:
         self.progress.start()
         return self
 

@@ -22,6 +22,7 @@ from robustdeq.datasets import Slice, SliceIdentity
 from robustdeq.errors import CaseError, RobustDEQError, sentence
 from robustdeq.evaluation.chain import Chain, Event
 from robustdeq.evaluation.pools import row_pool
+from robustdeq.evaluation.provenance import THREADS
 from robustdeq.evaluation.stages import attack_stages
 from robustdeq.evaluation.subject import Source, build_subject, chunk_of
 from robustdeq.interfaces import Kind, about_of
@@ -229,9 +230,7 @@ def _work(task: Task, pipe: Connection) -> None:
     """The worker's side: never raises, so that the last word is always sent."""
     # Ctrl-C reaches the whole process group; the parent decides what to do.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # One thread a worker: with as many workers as cores more would only get in each other's way,
-    # and sums depend on the number of threads.
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     try:
         for item in _events(task):
             pipe.send(item)
