@@ -195,13 +195,14 @@ class _Running:
 
     def _others(self, task: Task) -> tuple[tuple[str, tuple[str, ...]], ...]:
         own = self.rows[task.row].case
-        return tuple(
+        found = (
             (row.case.entry.id, tuple(row.keys.get(task.number, ())))
             for index, row in enumerate(self.rows)
             if index != task.row
             and (row.case.dataset, row.case.threat) == (own.dataset, own.threat)
             and row.case.chunk == own.chunk
         )
+        return tuple(sorted(found))  # so that the order of a suite's rows changes nothing
 
     def _tasks(self) -> list[Task]:
         source = weights_source(self.suite, self.options.weights)

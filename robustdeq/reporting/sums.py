@@ -29,8 +29,10 @@ _LINE = re.compile(r"([0-9a-f]{64})  ([^\\\n]+)")
 def write_sums(folder: Path, parts: Sequence[str]) -> None:
     """List these files and folders as they are now; the others stay listed as they were."""
     kept = {name: sha for name, sha in _listed(folder).items() if _part(name) not in parts}
-    found = {name: file_sha256(folder / name) for part in parts for name in _names(folder, part)}
-    _write(folder, kept | found)
+    names = [name for part in parts for name in _names(folder, part)]
+    # Lines that were lost with a damaged list, of files that no run writes.
+    names += [n for part in (*ADDED, *RECHECK) for n in _names(folder, part) if n not in kept]
+    _write(folder, kept | {name: file_sha256(folder / name) for name in names})
 
 
 def begin(folder: Path) -> list[str]:
