@@ -157,6 +157,7 @@ def test_the_tables_in_docs_are_those_of_the_records() -> None:
     ("script", "results", "pages"),
     [
         ("claims", "claims", ("lyadeq", "neural_dynamics")),
+        ("determinism", "determinism", ("determinism",)),
         ("gradient_cosines", "gradient_cosines", ("gradients",)),
         ("peers", "peers-digits", ("peers",)),
         ("side_by_side", "side_by_side", ("joint_engine",)),
