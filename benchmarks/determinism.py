@@ -52,7 +52,8 @@ ROWS = {
 TOLERANCE = 1e-5
 """Largest difference of a logit across machines, as a share of the largest logit."""
 FIRST = "as the first"
-Measured = dict[str, np.ndarray[Any, Any]]
+Measured = dict[str, Any]
+"""Arrays by name."""
 
 
 @dataclass(frozen=True)

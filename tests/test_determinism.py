@@ -6,11 +6,15 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
+from robustdeq.evaluation.provenance import THREADS, _tf32, machine
+from robustdeq.keys import canonical
 from robustdeq.records import Record, Store
 from robustdeq.tables import COST_COLUMNS
 
@@ -45,9 +49,9 @@ weights = "digits-deq-pgd_at.safetensors"
     """
 [[defenses]]
 id = "Another"
-defense = "deq"
-parameters = { width = 96, inner = 96, gain = 0.8 }
-weights = "digits-deq-clean.safetensors"
+defense = "feedforward"
+parameters = { width = 96, inner = 96 }
+weights = "digits-feedforward-clean.safetensors"
 """,
 )
 RUN = """
@@ -102,7 +106,7 @@ def test_records_are_equal_to_the_bit(tmp_path: Path) -> None:
     other = run(tmp_path, "other", ROWS[::-1], workers=2)
     a, b = records(first), records(other)
     # Two chunks of: clean and each attack that fits; once a row: checks and traces.
-    assert len(a) == 2 * (4 + 5 + 5) + 2 * 3
+    assert len(a) == 2 * (4 + 5 + 4) + 2 * 3
     assert set(a) == set(b)
     for key, record in a.items():
         assert bits(record) == bits(b[key]), record.meta.label
@@ -117,6 +121,45 @@ def test_records_are_equal_to_the_bit(tmp_path: Path) -> None:
     assert len(records(first)) == len(b)
 
 
+def test_a_run_says_what_bears_on_its_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = machine(torch.device("cpu"))
+    assert held["threads"] == THREADS == 1
+    assert held["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
+    assert held["device_name"]
+    assert {
+        "platform", "python", "mkl", "onednn", "deterministic_algorithms", "cudnn_deterministic",
+        "cudnn_benchmark", "tf32_matmul", "tf32_cudnn", "float32_matmul_precision", "libraries",
+    } <= set(held)  # fmt: skip
+    assert canonical(held) == held
+    flags = {"deterministic_algorithms": True, "cudnn_deterministic": True, "tf32_matmul": True}
+    before = {name: held[name] for name in flags}
+    matmul = SimpleNamespace(fp32_precision="none", allow_tf32=True)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
+    torch.use_deterministic_algorithms(True)
+    try:
+        held = machine(torch.device("cpu"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert {name: held[name] for name in flags} == flags != before
+
+
+def test_both_interfaces_to_tf32_are_read() -> None:
+    """Since torch 2.9 the older one refuses where the newer one was used."""
+
+    class Mixed:
+        fp32_precision = "none"
+
+        @property
+        def allow_tf32(self) -> bool:
+            raise RuntimeError("mix of the legacy and new APIs")
+
+    assert _tf32(SimpleNamespace(allow_tf32=True)) is True  # of torch 2.6
+    assert _tf32(SimpleNamespace(fp32_precision="tf32")) is True
+    assert _tf32(SimpleNamespace(fp32_precision="ieee", allow_tf32=True)) is False
+    assert _tf32(Mixed()) is None
+
+
 @pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="needs the checkout")
 def test_the_kernels_of_another_processor_stay_within_the_tolerance(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -129,7 +172,9 @@ def test_the_kernels_of_another_processor_stay_within_the_tolerance(
         assert (held["logits"] <= script["TOLERANCE"]).all()
         assert (held["margin"] <= 2 * script["TOLERANCE"]).all()
         assert held["inside"].all()
-        assert held.loc[held["way"] == "once more", ["logits_equal", "examples_equal"]].all(None)
+        assert held.loc[held["way"] == "once more", ["logits_equal", "examples_equal"]].all(
+            axis=None
+        )
     assert not frame["logits_equal"].all()  # another processor is another rounding
 
 
