@@ -87,7 +87,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     x, y = torch.from_numpy(data.images) / 255, torch.from_numpy(data.labels)
     target = Target(load_model("Standard_feedforward"), 10)
     rng = SampleRandom(0, "pgd", range(n))
-    found = load("attack", "pgd", {}).run(target, x, y, Threat.parse("Linf:3/32"), rng)
+    found: torch.Tensor = load("attack", "pgd", {}).run(
+        target, x, y, Threat.parse("Linf:3/32"), rng
+    )
     save_file({"x": found, "index": torch.arange(n)}, out / "found.safetensors")
     assert submit_examples(run, "Plain", out / "found.safetensors", BY).fallen
     assert go(out, page=True) == []
