@@ -11,7 +11,6 @@ not in leaderboards/. README shows the table and the figure of the suite between
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -25,7 +24,7 @@ from robustdeq.reporting.figures import Figure, figures
 from robustdeq.reporting.formats import write_tables
 from robustdeq.reporting.page.build import write_page
 from robustdeq.reporting.page.environment import percent
-from robustdeq.reporting.run import RunReport, read_run
+from robustdeq.reporting.run import RunReport, read_run, write_index
 
 ROOT = Path(__file__).resolve().parent.parent
 BOARDS = ROOT / "leaderboards"
@@ -43,8 +42,7 @@ def published(run: RunReport, boards: Path) -> Path:
     make_folder(folder)
     drawn = figures(run)
     write_tables(folder, run.name, run.verdicts)
-    text = json.dumps(run.data, indent=1, sort_keys=True) + "\n"
-    write_atomically(folder / "run.json", text.encode())
+    write_index(folder, run.data)
     write_page(run, drawn, folder / "index.html")
     for old in folder.glob("*.svg"):
         old.unlink()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 from robustdeq.texts import one_line
 
@@ -22,6 +23,20 @@ class CaseError(RobustDEQError):
 
 class StorageError(RobustDEQError):
     """Results cannot be kept, so that the run cannot go on: exit code 1."""
+
+
+class DamagedError(UsageError):
+    """A file is not as it was written: which, why in words, and what to do, as parts of a sentence.
+
+    Its exit code is that of wrong usage where nothing can be computed in the file's place.
+    """
+
+    def __init__(self, path: Path, cause: str, remedy: str) -> None:
+        super().__init__(path, cause, remedy)
+        self.path, self.cause, self.remedy = path, cause, remedy
+
+    def __str__(self) -> str:
+        return f"{self.path} is damaged ({self.cause}); {self.remedy}"
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:

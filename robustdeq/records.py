@@ -23,9 +23,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from robustdeq.errors import UsageError
+from robustdeq.errors import DamagedError, UsageError
 from robustdeq.files import write_atomically
 from robustdeq.keys import canonical_json, digest
+from robustdeq.sealed import DIFFERS, contents, newer, parquet_seal, sealed_parquet
 
 FORMAT = 1
 Kind = Literal["clean", "attack", "checks", "curves", "traces"]
@@ -202,28 +203,14 @@ def _to_pandas(table: pa.Table) -> pd.DataFrame:
     return frame
 
 
-def _column_digests(table: pa.Table) -> dict[str, str]:
-    """A digest per column: Parquet's own checksums leave headers and metadata uncovered."""
-    return {
+def _matches_columns(held: Mapping[bytes, bytes], table: pa.Table) -> bool:
+    """Whether a record from before there was a seal over all bytes matches its older one."""
+    seal = json.loads(held[b"robustdeq_seal"])
+    found = {"meta": digest(held[b"robustdeq"].decode())} | {
         name: hashlib.sha256(repr(table[name].to_pylist()).encode()).hexdigest()
         for name in table.schema.names
     }
-
-
-def _unsealed(table: pa.Table) -> dict[str, Any]:
-    """The metadata of a record that is as it was written.
-
-    Raises:
-        ValueError: if the metadata or a column differ from their digests.
-    """
-    held = table.schema.metadata or {}
-    text = held[b"robustdeq"].decode()
-    seal = json.loads(held[b"robustdeq_seal"])
-    found = {"meta": digest(text), **_column_digests(table)}
-    if any(seal.get(name) != value for name, value in found.items()):
-        raise ValueError("the record does not match its seal")
-    data: dict[str, Any] = json.loads(text)
-    return data
+    return all(seal.get(name) == value for name, value in found.items())
 
 
 def broken(rows: pd.DataFrame) -> pd.Series:
@@ -257,51 +244,62 @@ class Store:
         schema = _SCHEMAS.get(record.meta.kind, SAMPLE_SCHEMA)
         table = pa.Table.from_pandas(record.rows, schema=schema, preserve_index=False)
         text = canonical_json(asdict(record.meta))
-        seal = canonical_json({"meta": digest(text), **_column_digests(table)})
-        table = table.replace_schema_metadata(
-            {b"robustdeq": text.encode(), b"robustdeq_seal": seal.encode()}
-        )
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
-        write_atomically(self.path(record.meta.key), buffer.getvalue())
+        table = table.replace_schema_metadata({b"robustdeq": text.encode()})
+        write_atomically(self.path(record.meta.key), sealed_parquet(table))
 
     def summary(self, key: str) -> Record | None:
         """As `read`, without the adversarial pixels: enough for a verdict."""
         return self._read(key, pixels=False)
 
-    def read(self, key: str) -> Record | None:
-        """The record of a key, or None where there is none that can be trusted.
-
-        A file that cannot be read, or holds another key, counts as absent: it is computed afresh.
+    def listed(self, key: str) -> Record:
+        """As `summary`, of a record that a run has listed: that it is gone is an error.
 
         Raises:
-            UsageError: if it was written by a newer version of RobustDEQ.
+            UsageError: if it is gone; see also `read`.
+        """
+        record = self.summary(key)
+        if record is None:
+            raise UsageError(f"record {self.path(key)}, which the run lists, is gone; {_AGAIN}")
+        return record
+
+    def read(self, key: str) -> Record | None:
+        """The record of a key, or None where there is none.
+
+        Raises:
+            DamagedError: if any byte of it is not as it was written, or it is of another key.
+            UsageError: if it cannot be read, or was written by a newer version of RobustDEQ.
         """
         return self._read(key, pixels=True)
 
     def _read(self, key: str, pixels: bool) -> Record | None:
         path = self.path(key)
         try:
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                names = [n for n in file.schema_arrow.names if pixels or n != "adversarial"]
-                table = file.read(columns=names)
-            data = _unsealed(table)
+            payload = contents(path)
         except FileNotFoundError:
             return None
-        except (OSError, pa.ArrowException, KeyError, ValueError, OverflowError, MemoryError):
-            return None
+        sound = parquet_seal(payload)
+        try:
+            # What does not match its seal is not even parsed.
+            table = _table(payload, pixels) if sound is not False else pa.table({})
+            held = table.schema.metadata or {}
+            if not (sound or (sound is None and _matches_columns(held, table))):
+                raise DamagedError(path, DIFFERS, _AGAIN)
+            data = json.loads(held[b"robustdeq"])
+        except _UNREADABLE as cause:
+            raise DamagedError(path, "it cannot be read", _AGAIN) from cause
         if data.get("format", 0) > FORMAT:
-            raise UsageError(
-                f"record {path} is of format {data['format']}, newer than this version reads "
-                f"({FORMAT}); use a newer RobustDEQ, or another --out."
-            )
+            raise newer(path, data["format"], FORMAT)
         if data.get("format") != FORMAT or data.get("key") != key:
-            return None
-        meta = RecordMeta(
-            **{
-                **data,
-                "notes": tuple(data["notes"]),
-                "consumed": tuple(data["consumed"]),
-            }
-        )
-        return Record(meta, _to_pandas(table))
+            raise DamagedError(path, "it is another record than its name says", _AGAIN)
+        tuples = {name: tuple(data[name]) for name in ("notes", "consumed")}
+        return Record(RecordMeta(**{**data, **tuples}), _to_pandas(table))
+
+
+_AGAIN = "give the same 'robustdeq run' command again, which computes it anew."
+_UNREADABLE = (OSError, pa.ArrowException, KeyError, ValueError, OverflowError, MemoryError)
+
+
+def _table(payload: bytes, pixels: bool) -> pa.Table:
+    with pq.ParquetFile(io.BytesIO(payload), page_checksum_verification=True) as file:
+        names = [n for n in file.schema_arrow.names if pixels or n != "adversarial"]
+        return file.read(columns=names)

@@ -264,14 +264,34 @@ def _add_accuracies(verdict: Verdict, attacks: dict[str, pd.DataFrame], evidence
     robust = int(verdict.samples["robust"].sum())
     verdict.robust_acc = robust / verdict.n
     verdict.robust_low, verdict.robust_high = wilson(robust, verdict.n)
-    wanted = "rand" if verdict.track == "randomized" else "standard"
-    for label in _autoattack_labels(evidence, wanted):
-        rows = attacks[label]
-        if len(rows) == verdict.n:
-            correct = rows["clean_correct"].astype(bool) & ~broken(rows)
-            verdict.autoattack_acc = float(correct.mean())
-            verdict.autoattack_engine = _engine(evidence, label)
-            return
+    label = _autoattack_label(evidence, verdict.track)
+    if label:
+        verdict.autoattack_acc = float(_stood(attacks[label]).mean())
+        verdict.autoattack_engine = _engine(evidence, label)
+
+
+def autoattack_correct(evidence: Evidence, track: str) -> pd.Series | None:
+    """Whether each sample (by its index) stood AutoAttack alone; None where it did not run whole.
+
+    Args:
+        track: the row's, as in its verdict: a randomized model has an AutoAttack of its own.
+    """
+    label = _autoattack_label(evidence, track)
+    if not label:
+        return None
+    rows = joined(evidence, "attack", label)
+    return _stood(rows).set_axis(pd.Index(rows["index"].astype(int)))
+
+
+def _stood(rows: pd.DataFrame) -> pd.Series:
+    return rows["clean_correct"].astype(bool) & ~broken(rows)
+
+
+def _autoattack_label(evidence: Evidence, track: str) -> str:
+    """The first stage that ran AutoAttack on all samples; empty where there is none."""
+    wanted, n = "rand" if track == "randomized" else "standard", evidence.case["n"]
+    labels = _autoattack_labels(evidence, wanted)
+    return next((name for name in labels if len(joined(evidence, "attack", name)) == n), "")
 
 
 def _engine(evidence: Evidence, label: str) -> str:

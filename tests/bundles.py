@@ -19,7 +19,7 @@ from robustdeq.evidence.bundling import Parts, write_bundle
 from robustdeq.evidence.rescoring import Setting
 from robustdeq.evidence.verify import Report, verify_bundle
 from robustdeq.keys import file_sha256
-from robustdeq.reporting.run import read_run
+from robustdeq.reporting.run import read_index, read_run
 from robustdeq.running.run import Options, run_suite
 from robustdeq.suite import parse_suite
 
@@ -103,8 +103,7 @@ def bundle_again(folder: Path) -> Path:
         weights=(zoo,),
         distributions={"feedforward": "robustdeq", "deq": "robustdeq", "noisy": "noisy"},
     )
-    run = json.loads((folder / "run.json").read_text())
-    return write_bundle(folder, run, read_run(folder).verdicts, parts)
+    return write_bundle(folder, read_index(folder), read_run(folder).verdicts, parts)
 
 
 _DONE: dict[str, Path] = {}

@@ -207,6 +207,7 @@ INSTEAD = {
         _MINUTES, "robustdeq run small.toml --out out"
     ),
     "robustdeq run mine.toml": Instead(_COST, "robustdeq run mine.toml --estimate --samples 5"),
+    "robustdeq run digits --recheck 7": Instead(_MINUTES, "robustdeq run small.toml --recheck 7"),
     "robustdeq run digits --estimate": Instead(
         _COST, "robustdeq run digits --estimate --only feedforward"
     ),

@@ -3,7 +3,6 @@ reports made by hand."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,7 +13,7 @@ import pandas as pd
 import pytest
 
 from robustdeq.records import Store
-from robustdeq.reporting.run import RunReport
+from robustdeq.reporting.run import RunReport, read_index, write_index
 from robustdeq.running.run import Options, run_suite
 from robustdeq.statistics import wilson
 from robustdeq.suite import AttackEntry, adjusted, find_suite
@@ -45,9 +44,9 @@ def tiny_run(factory: pytest.TempPathFactory) -> Path:
 def copied(run: Path, target: Path, change: Callable[[dict[str, Any]], None]) -> Path:
     """A copy of a run's folder whose `run.json` is changed."""
     shutil.copytree(run, target)
-    data = json.loads((target / "run.json").read_text())
+    data = read_index(target)
     change(data)
-    (target / "run.json").write_text(json.dumps(data))
+    write_index(target, data)
     return target
 
 
@@ -61,7 +60,7 @@ def with_about(name: str, value: str) -> Callable[[dict[str, Any]], None]:
 
 def unbreak(folder: Path, name: str) -> int:
     """Forge the first record in which a row's sample is broken; returns the sample's index."""
-    data = json.loads((folder / "run.json").read_text())
+    data = read_index(folder)
     row = next(row for row in data["rows"] if row["case"]["id"] == name)
     store = Store(folder / "records")
     for key in (key for keys in row["records"].values() for key in keys):

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from robustdeq.datasets import load_slice
-from robustdeq.evidence.submissions import write_json
 from robustdeq.records import (
     Record,
     RecordMeta,
@@ -20,7 +19,7 @@ from robustdeq.records import (
     trace_frame,
 )
 from robustdeq.reporting.images import write_images
-from robustdeq.reporting.run import RunReport, read_run
+from robustdeq.reporting.run import RunReport, read_run, write_index
 from robustdeq.verdict import Failure
 
 LABELS = ("autoattack", "pgd", "pgd[phantom(5,0.5)]", "square")
@@ -54,10 +53,7 @@ def made_run(folder: Path, rows: list[Row], n: int = 10, name: str = "made") -> 
     written = [_row(row, number, store, data) for number, row in enumerate(rows)]
     write_images(folder, {"digits": data})
     suite = {"name": name, "description": "made by hand", "defenses": []}
-    write_json(
-        folder / "run.json",
-        {"format": 1, "robustdeq": "0", "suite": suite, "seed": 0, "rows": written},
-    )
+    write_index(folder, {"robustdeq": "0", "suite": suite, "seed": 0, "rows": written})
     return read_run(folder)
 
 

@@ -35,7 +35,7 @@ from robustdeq.evidence.bundle import MANIFEST, read_bundle, sealed
 from robustdeq.evidence.bundling import Parts, write_bundle
 from robustdeq.evidence.verify import verify_bundle
 from robustdeq.keys import file_sha256
-from robustdeq.reporting.run import read_run
+from robustdeq.reporting.run import read_index, read_run, write_index
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +91,10 @@ def test_no_name_leaves_the_folder(bundle: Path) -> None:
 
 
 def test_rows_without_a_robust_accuracy_claim_nothing(run: Path, bundle: Path) -> None:
-    data = json.loads((run / "run.json").read_text())
+    data = read_index(run)
     failure = {"label": "pgd", "chunk": 0, "reason": "out of\x1b[2J memory"}
     data["rows"][0]["failures"] = [failure]
-    (run / "run.json").write_text(json.dumps(data))
+    write_index(run, data)
     bundle_again(run)
     row = row_of(bundle)
     assert (row.status, row.note, row.robust_acc) == ("failed", "pgd: out of [2J memory", None)
@@ -107,7 +107,7 @@ def test_rows_without_a_robust_accuracy_claim_nothing(run: Path, bundle: Path) -
 
 
 def test_records_that_are_gone_and_weights_that_changed_are_named(run: Path) -> None:
-    data = json.loads((run / "run.json").read_text())
+    data = read_index(run)
     verdicts, parts = (
         read_run(run).verdicts,
         Parts(shapes={"digits": (1, 8, 8)}, weights=(), distributions={}),

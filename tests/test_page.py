@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from reports import Row, made_run, repeated
 
+from robustdeq.errors import DamagedError
 from robustdeq.reporting.images import read_images
 from robustdeq.reporting.page.build import CHARTS, render_page, write_page
 from robustdeq.reporting.page.environment import asset, breakable, cut, link, percent, policy
@@ -190,6 +191,9 @@ def test_examples_show_what_the_records_hold(tmp_path: Path) -> None:
 def test_without_images_there_are_no_examples(tmp_path: Path) -> None:
     run = made_run(tmp_path, [Row("Ours")])
     (tmp_path / "images.parquet").write_bytes(b"damaged")
+    with pytest.raises(DamagedError, match=r"images.parquet is damaged .* run' command again"):
+        render_page(run)
+    (tmp_path / "images.parquet").unlink()
     assert read_images(tmp_path) == {}
     assert examples_of(run, 0, {}, 10**6) is None
     assert "Examples</h3>" not in render_page(run)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +35,7 @@ from robustdeq.evidence.submissions import added
 from robustdeq.evidence.submit import rescore_stale, submit_examples
 from robustdeq.evidence.verify import verify_bundle
 from robustdeq.keys import canonical
-from robustdeq.reporting.run import read_run
+from robustdeq.reporting.run import read_index, read_run, write_index
 from robustdeq.suite import AttackEntry
 
 
@@ -173,20 +172,20 @@ def test_examples_that_break_nothing_are_refused_with_the_numbers(run: Path, fil
 
 
 def test_a_second_run_does_not_lose_what_was_submitted(run: Path, file: Path) -> None:
-    fresh = json.loads((run / "run.json").read_text())
+    fresh = read_index(run)
     submit_examples(run, "Plain", file, "Ada")
-    with_it = (run / "run.json").read_text()
+    with_it = read_index(run)
     restored = added(run, fresh)
-    assert canonical(restored) == json.loads(with_it)
+    assert canonical(restored) == with_it
     assert added(run, restored) == restored
 
 
 def test_examples_outlive_an_edit_of_the_defense(run: Path, file: Path) -> None:
     """The row becomes another case; what was submitted is scored again, not dropped."""
-    fresh = json.loads((run / "run.json").read_text())
+    fresh = read_index(run)
     index = submit_examples(run, "Plain", file, "Ada").fallen
     fresh["rows"][0]["case"]["source"] = "edited"
-    (run / "run.json").write_text(json.dumps(added(run, fresh)))
+    write_index(run, added(run, fresh))
     bundle_again(run)
     higher = read_run(run).verdicts[0].robust_acc
     told = rescore_stale(run)
@@ -199,9 +198,9 @@ def test_examples_outlive_an_edit_of_the_defense(run: Path, file: Path) -> None:
 def other(run: Path, tmp_path: Path) -> Path:
     """A run that holds the row Equilibrium alone."""
     shutil.copytree(run, tmp_path / "other")
-    data = json.loads((tmp_path / "other" / "run.json").read_text())
+    data = read_index(tmp_path / "other")
     data["rows"] = data["rows"][1:2]
-    (tmp_path / "other" / "run.json").write_text(json.dumps(data))
+    write_index(tmp_path / "other", data)
     bundle_again(tmp_path / "other")
     return tmp_path / "other"
 
@@ -232,11 +231,11 @@ def test_a_bundles_rows_join_another_table_as_scored_here(other: Path, bundle: P
 def test_examples_for_a_row_that_was_added_are_kept_with_it(
     other: Path, bundle: Path, file: Path
 ) -> None:
-    fresh = json.loads((other / "run.json").read_text())
+    fresh = read_index(other)
     submit_bundle(other, bundle, "Ada", rows="^Plain")
     told = submit_examples(other, "Plain", file, "Bob")
     assert told.fallen
-    assert canonical(added(other, fresh)) == json.loads((other / "run.json").read_text())
+    assert canonical(added(other, fresh)) == read_index(other)
     broken_by = read_run(other).verdicts[1].broken_by
     assert broken_by["submitted:Bob"] == len(told.fallen)
     assert broken_by["submitted:Ada"] == len(row_of(bundle).broken)

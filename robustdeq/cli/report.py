@@ -8,12 +8,16 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from robustdeq.cli.console import APP, OUT
+from robustdeq.cli.console import APP, ERR, OUT
 from robustdeq.errors import UsageError, unknown
 
 _FORMATS = (
     "md, csv, latex or json; html: the page; robustbench: a folder of model_info; "
     "pt: a row's inputs."
+)
+_OLD = (
+    "is of a format without a seal, so that damage to it would not be seen; the same "
+    "'robustdeq run' command writes it anew with one."
 )
 _OUT = typer.Option(
     help="Write to this file instead of printing; for robustbench, a folder. The page of one run "
@@ -38,6 +42,7 @@ def report(
     """Print a run's table, computed afresh from its records; or export it."""
     from robustdeq.reporting.formats import FORMATS, render_run
     from robustdeq.reporting.merge import read_runs
+    from robustdeq.reporting.run import unsealed
 
     del debug
     if form not in (*FORMATS, *_WRITERS):
@@ -45,6 +50,8 @@ def report(
     if (row is not None or threat) and form != "pt":
         raise UsageError("--row and --threat choose the row of --format pt; leave them out.")
     run = read_runs(folders)
+    for folder in unsealed(run):
+        ERR.print(escape(f"note: {folder}/run.json {_OLD}"), highlight=False)
     if form == "html" and len(folders) == 1:
         out = out or run.folder / "index.html"
     if form in _WRITERS and out is None:

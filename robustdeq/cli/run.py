@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import signal
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +9,7 @@ import typer
 from rich.markup import escape
 
 from robustdeq.cli.console import APP, ERR, OUT
+from robustdeq.cli.interrupts import interruptible
 from robustdeq.errors import UsageError, unknown
 
 
@@ -66,14 +62,23 @@ def run(
         float, typer.Option(help="With ray: of a GPU, for each task; 0.25 puts four on one.")
     ] = 1.0,
     task_memory: Annotated[float, typer.Option(help="With ray: GiB set aside for a task.")] = 1.0,
+    recheck: Annotated[
+        int | None,
+        typer.Option(
+            help="Afterwards run all again under this seed, and say whether any figure leaves its "
+            "interval: recheck.md."
+        ),
+    ] = None,
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Only say what it will cost.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Run a suite and write its leaderboard; what was computed before is not computed again."""
+    from robustdeq.cli.recheck import recheck_run
     from robustdeq.plugin_rows import additions
     from robustdeq.reporting.publish import publish
+    from robustdeq.running.recheck import under_seed
     from robustdeq.running.run import Options, run_suite
     from robustdeq.suite import adjusted, check_suite, find_suite
 
@@ -96,25 +101,21 @@ def run(
         timeout=timeout,
         cluster=_cluster(engine, address, task_gpus, task_memory),
     )
-    try:
-        with _ended_by_sigterm(), _RunDisplay() as display:
-            verdicts = run_suite(chosen, options, display.tick)
-    except KeyboardInterrupt as cause:
-        ERR.print(
-            "interrupted; what is finished is kept, and the same command goes on from there:\n"
-            f"  {escape(shlex.join(['robustdeq', *sys.argv[1:]]))}"
-        )
-        raise typer.Exit(143 if str(cause) else 130) from None
+    if recheck is not None:
+        under_seed(chosen, recheck)  # says what is wrong with it before hours are spent
+    with interruptible(), RunDisplay() as display:
+        verdicts = run_suite(chosen, options, display.tick)
     folder = out / chosen.name
     publish(folder)
     OUT.print(
         f"\nwrote {escape(str(folder))}/index.html, table.md, table.csv, figures/, run.json "
         "and records/"
     )
+    kept = recheck is None or recheck_run(chosen, options, recheck)
     failed = [verdict for verdict in verdicts if verdict.status != "ok"]
-    if failed:
-        for verdict in failed:
-            ERR.print(escape(f"{verdict.id} ({verdict.threat}): {verdict.note}"), style="red")
+    for verdict in failed:
+        ERR.print(escape(f"{verdict.id} ({verdict.threat}): {verdict.note}"), style="red")
+    if failed or not kept:
         raise typer.Exit(1)
 
 
@@ -130,21 +131,7 @@ def _cluster(engine: str, address: str | None, gpus: float, memory: float) -> An
     return None
 
 
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """A machine that is taken away says so by SIGTERM; it is then as if Ctrl-C had been typed."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt("SIGTERM")
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-class _RunDisplay:
+class RunDisplay:
     """A progress bar with finished rows above it; plain lines where there is no terminal."""
 
     def __init__(self) -> None:
@@ -168,7 +155,7 @@ class _RunDisplay:
         )
         self.task = self.progress.add_task("starting", total=None)
 
-    def __enter__(self) -> _RunDisplay:
+    def __enter__(self) -> RunDisplay:
         self.progress.start()
         return self
 
@@ -179,6 +166,8 @@ class _RunDisplay:
         self.progress.update(
             self.task, completed=tick.done, total=tick.total, description=escape(tick.label[:48])
         )
+        if tick.note:
+            self.progress.console.print(escape(tick.note), highlight=False)
         if tick.verdict is not None:
             self.progress.console.print(escape(str(tick.verdict)), highlight=False)
 

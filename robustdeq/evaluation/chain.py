@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from robustdeq.differentiation import ModuleGradient, parse_gradient
 from robustdeq.equilibrium import EquilibriumClassifier, metered
-from robustdeq.errors import CaseError, RobustDEQError, sentence
+from robustdeq.errors import CaseError, DamagedError, RobustDEQError, sentence
 from robustdeq.evaluation.curves import curve_rows
 from robustdeq.evaluation.gate import check, is_randomized, run_checks
 from robustdeq.evaluation.integrity import intact
@@ -112,10 +112,12 @@ class Chunk:
 class Event:
     """What a chain tells its caller: a stage started, gave a record, or failed.
 
+    Of a stage whose record is damaged it says so first, and then that the stage has started.
     Engines say "finished" where a chunk is done, and "stopped" where the whole run cannot go on.
     """
 
-    kind: str  # "started", "computed", "resumed", "failed"; of engines "finished", "stopped"
+    # "damaged", "started", "computed", "resumed", "failed"; of engines "finished", "stopped"
+    kind: str
     label: str
     key: str = ""
     reason: str = ""
@@ -230,7 +232,12 @@ class Chain:
             return
         consumed = self._consumed(stage)
         key = self._key(stage, consumed)
-        held = self.shelf.read(key)
+        try:
+            held = self.shelf.read(key)
+        except DamagedError as damage:
+            held = None
+            reason = f"{damage.path} is damaged ({damage.cause}); it is computed again"
+            yield Event("damaged", stage.label, key, reason)
         if held is not None:
             self.records.append(held)
             yield Event("resumed", stage.label, key)

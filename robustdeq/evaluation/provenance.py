@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import hashlib
 import inspect
+import os
 import platform
+import subprocess
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +18,10 @@ import torch
 import robustdeq
 from robustdeq.plugin_files import is_file_module, neighbors
 
+THREADS = 1
+"""Threads of a worker: with as many workers as cores more would only get in each other's way, and
+sums depend on the number of threads."""
+_AROUND = ("pandas", "pyarrow", "scipy", "scikit-learn", "safetensors", "foolbox", "pillow")
 _LIBRARIES = ("torch", "numpy", "pyautoattack", "autoattack")
 # The parts of the core whose source decides a figure; the command line and the reports do not.
 _DECISIVE = (
@@ -31,8 +37,12 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 @cache
 def versions() -> dict[str, str]:
     """Versions of the libraries that decide the numbers, as far as they are installed."""
+    return _versions_of(_LIBRARIES)
+
+
+def _versions_of(names: tuple[str, ...]) -> dict[str, str]:
     found = {}
-    for name in _LIBRARIES:
+    for name in names:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -41,18 +51,88 @@ def versions() -> dict[str, str]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """The machine and its settings, for `run.json`; no part of any key."""
-    cuda = device.type == "cuda"
+    """The machine and its settings, for `run.json`; no part of any key. See `docs/determinism.md`.
+
+    `threads` is that of a worker, whatever this process may use.
+    """
     return {
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "device_name": torch.cuda.get_device_name(device) if cuda else platform.processor(),
+        "device": str(device),
+        "device_name": _device_name(device),
+        "threads": THREADS,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "mkl": _library("Math Kernel Library"),
+        "onednn": _library("MKL-DNN", "oneDNN"),
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        "deterministic_warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
         "cudnn_deterministic": torch.backends.cudnn.deterministic,
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
-        "tf32_matmul": torch.backends.cuda.matmul.allow_tf32,
-        "tf32_cudnn": torch.backends.cudnn.allow_tf32,
+        "tf32_matmul": _tf32(torch.backends.cuda.matmul),
+        "tf32_cudnn": _tf32(torch.backends.cudnn),
+        "float32_matmul_precision": _matmul_precision(),
+        "libraries": _versions_of(_AROUND),
+        **(_cuda(device) if device.type == "cuda" else {}),
     }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _library(*names: str) -> str:
+    """What torch says of a library that it was built with; empty where it was not."""
+    lines = (line.strip(" -") for line in torch.__config__.show().splitlines())
+    return next((line for line in lines if any(name in line for name in names)), "")
+
+
+def _tf32(part: Any) -> bool | None:
+    """Whether TF32 may stand for float32; None where it was set in ways that contradict."""
+    # Since torch 2.9 there is a newer interface, and once it was used the older one refuses.
+    precision = getattr(part, "fp32_precision", "none")
+    if precision != "none":
+        return bool(precision == "tf32")
+    try:
+        return bool(part.allow_tf32)
+    except RuntimeError:
+        return None
+
+
+def _matmul_precision() -> str:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # as in `_tf32`
+        return str(getattr(torch.backends.cuda.matmul, "fp32_precision", ""))
+
+
+def _cuda(device: torch.device) -> dict[str, Any]:
+    """Versions below torch on a GPU, and what it is."""
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "cuda": str(torch.version.cuda),
+        "cudnn": torch.backends.cudnn.version(),
+        "driver": _driver(),
+        "cuda_capability": f"{properties.major}.{properties.minor}",
+        "cuda_memory_mib": properties.total_memory // 2**20,
+        "cublas_workspace": os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""),
+    }
+
+
+def _driver() -> str:
+    """The GPU driver's version; empty where nobody can say."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.partition("\n")[0].strip()
 
 
 @cache

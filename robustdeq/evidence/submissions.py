@@ -7,23 +7,28 @@ robust again than it is known to be. `added` puts the additions into a run's dat
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from robustdeq.errors import UsageError
+from robustdeq.errors import DamagedError, UsageError
 from robustdeq.evidence.bundle import Bundle, read_bundle
 from robustdeq.evidence.bundling import Parts, write_bundle
-from robustdeq.files import write_atomically
-from robustdeq.keys import canonical, canonical_json, digest
+from robustdeq.keys import canonical_json, digest
+from robustdeq.records import Store
 from robustdeq.reporting.formats import write_tables
-from robustdeq.reporting.run import read_run
+from robustdeq.reporting.run import read_index, read_run, write_index
+from robustdeq.reporting.sums import ADDED, write_sums
+from robustdeq.sealed import Form
 from robustdeq.verdict import Verdict
 
-FORMAT = 1
 FILE = "submissions.json"
+FORM = Form(
+    newest=2,
+    sealed=2,
+    remedy="restore it from a copy; or delete it, and submit again what others had sent.",
+)
 _NAME = re.compile(r"[\w@.+-]+( [\w@.+-]+)*")
 
 Row = dict[str, Any]
@@ -35,30 +40,23 @@ def read_submissions(folder: Path) -> dict[str, Any]:
     `rows`: whole rows, in the form that they have in `run.json`.
 
     Raises:
-        UsageError: if the file is not of this version.
+        DamagedError: if any byte of the file is not as it was written.
+        UsageError: if the file is of a newer version.
     """
     path = folder / FILE
-    if not path.exists():
-        return {"format": FORMAT, "examples": [], "rows": []}
     try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        known = data["format"] == FORMAT and isinstance(data["examples"] + data["rows"], list)
-    except (OSError, ValueError, KeyError, TypeError):
-        known = False
-    if not known:
-        raise UsageError(f"{path} is not of this version; use the RobustDEQ that wrote it.")
+        data = FORM.read(path)
+    except FileNotFoundError:
+        return {"examples": [], "rows": []}
+    if not all(isinstance(data.get(part), list) for part in ("examples", "rows")):
+        raise DamagedError(path, "it lists no examples and rows", FORM.remedy)
     return data
 
 
 def write_submissions(folder: Path, data: Mapping[str, Any]) -> None:
-    """Write `submissions.json`."""
-    write_json(folder / FILE, data)
-
-
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write JSON in the form of `run.json`."""
-    text = json.dumps(canonical(data), indent=1, sort_keys=True) + "\n"
-    write_atomically(path, text.encode())
+    """Write `submissions.json`, sealed."""
+    FORM.write(folder / FILE, data)
+    write_sums(folder, ADDED)
 
 
 def title_of(case: Mapping[str, Any]) -> str:
@@ -86,6 +84,37 @@ def stale(folder: Path, run: Mapping[str, Any]) -> list[dict[str, Any]]:
     cases = {title_of(row["case"]): digest(row["case"]) for row in run["rows"]}
     entries = read_submissions(folder)["examples"]
     return [e for e in entries if cases.get(e["title"], e["case_key"]) != e["case_key"]]
+
+
+def settle(folder: Path) -> list[str]:
+    """Forget additions whose records were deleted, and say so; for the beginning of a run.
+
+    Raises:
+        DamagedError: if a record of them is damaged, for nothing can compute it again.
+    """
+    held, store, told = read_submissions(folder), Store(folder / "records"), []
+    for part, entries in (("examples", held["examples"]), ("rows", held["rows"])):
+        for entry in list(entries):
+            by = entry.get("by") or entry["submission"]["by"]
+            if not _whole(store, entry["records"], by):
+                entries.remove(entry)
+                title = entry.get("title") or title_of(entry["case"])
+                told.append(f"{part} by {by} no longer count, for records are gone: {title}")
+    if told:
+        write_submissions(folder, held)
+    return told
+
+
+def _whole(store: Store, records: Mapping[str, list[str]], by: str) -> bool:
+    try:
+        held = [store.read(key) for keys in records.values() for key in keys]
+    except DamagedError as damage:
+        remedy = (
+            f"{by} has submitted it, so that no run can compute it: restore it from a copy; or "
+            "delete it, run again, and submit it again."
+        )
+        raise DamagedError(damage.path, damage.cause, remedy) from None
+    return None not in held
 
 
 class Run(NamedTuple):
@@ -124,11 +153,8 @@ def open_run(folder: Path) -> Run:
     Raises:
         UsageError: if the folder is none, or its bundle cannot be read.
     """
-    path = folder / "run.json"
-    if not path.is_file():
-        raise UsageError(f"{folder} holds no run.json; name the folder of one suite's run.")
+    data = read_index(folder)
     verdicts = list(read_run(folder).verdicts)
-    data = json.loads(path.read_text(encoding="utf-8"))
     return Run(folder, data, verdicts, read_bundle(folder / "bundle"))
 
 
@@ -142,7 +168,7 @@ def add(folder: Path, part: str, entries: list[dict[str, Any]]) -> None:
 def publish(run: Run) -> None:
     """Write what a run leaves, with all additions: `run.json`, the tables, the bundle."""
     folder, data = run.folder, added(run.folder, run.data)
-    write_json(folder / "run.json", data)
+    write_index(folder, data)
     report = read_run(folder)
     write_tables(folder, report.name, report.verdicts)
     told = [row for row in run.bundle.rows if row.status == "ok"]
@@ -152,6 +178,7 @@ def publish(run: Run) -> None:
         distributions={row.case["defense"]: row.distribution for row in told},
     )
     write_bundle(folder, data, report.verdicts, parts)
+    write_sums(folder, ("run.json", "table.csv", "table.md", "bundle"))
 
 
 def _list(row: Row, records: Mapping[str, list[str]]) -> None:

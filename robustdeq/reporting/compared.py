@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from robustdeq.comparison import Comparison, compare, flips_table, paragraph
 from robustdeq.errors import UsageError, unknown
 from robustdeq.reporting.page.environment import cut, environment
 from robustdeq.reporting.rows import pair_named, title
-from robustdeq.reporting.run import RunReport, read_run
+from robustdeq.reporting.run import RunReport, read_index, read_run
 from robustdeq.tables import escaped
 from robustdeq.verdict import Verdict
 
@@ -95,9 +94,11 @@ def find_runs(names: Sequence[str], out: Path) -> list[Path]:
     """The run below a folder that has rows of all names; that of the digits first.
 
     Raises:
-        UsageError: if none has, or several have and none is that of the digits.
+        UsageError: if none has, or several have and none is that of the digits; or none of those
+            that can be read has, and another cannot be.
     """
-    found = sorted(path.parent for path in out.glob("*/run.json") if _has(path, names))
+    known = sorted(path.parent for path in out.glob("*/run.json"))
+    found = [folder for folder in known if _has(folder, names)]
     usual = [folder for folder in found if folder.name == "digits"]
     if len(found) == 1 or usual:
         return usual or found
@@ -105,16 +106,18 @@ def find_runs(names: Sequence[str], out: Path) -> list[Path]:
     if found:
         told = ", ".join(map(str, found))
         raise UsageError(f"{wanted} are rows of several runs ({told}); name one with --runs.")
+    for folder in known:
+        read_index(folder)  # says so where one could not be asked
     raise UsageError(
         f"no run in {out} has both {wanted}; name its folder with --runs, or make one with "
         "'robustdeq run'."
     )
 
 
-def _has(index: Path, names: Sequence[str]) -> bool:
+def _has(folder: Path, names: Sequence[str]) -> bool:
     """Whether a run has a row of each ID, title or defense, without reading its records."""
     try:
-        cases = [row["case"] for row in json.loads(index.read_text(encoding="utf-8"))["rows"]]
+        cases = [row["case"] for row in read_index(folder)["rows"]]
         held = {
             name
             for case in cases
@@ -124,7 +127,7 @@ def _has(index: Path, names: Sequence[str]) -> bool:
                 f"{case['id']} on {case['dataset']} under {case['threat']}",
             )
         }
-    except (OSError, ValueError, KeyError, TypeError):
+    except (UsageError, KeyError, TypeError):
         return False
     return set(names) <= held
 

@@ -12,11 +12,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from robustdeq.datasets import Slice
+from robustdeq.errors import DamagedError
 from robustdeq.files import write_atomically
+from robustdeq.sealed import DIFFERS, contents, parquet_seal, sealed_parquet
 
 FILE = "images.parquet"
 KEPT = 32
 """How many images of each data set a run keeps."""
+_AGAIN = "give the same 'robustdeq run' command again, which writes it anew; or delete it."
 _SCHEMA = pa.schema(
     [
         ("dataset", pa.string()),
@@ -37,20 +40,29 @@ def write_images(folder: Path, slices: Mapping[str, Slice]) -> None:
         for name, held in slices.items()
         for index, image in zip(held.indices, held.images, strict=True)
     ]
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), buffer, compression="zstd")
-    write_atomically(folder / FILE, buffer.getvalue())
+    write_atomically(folder / FILE, sealed_parquet(pa.Table.from_pylist(rows, schema=_SCHEMA)))
 
 
 def read_images(folder: Path) -> Images:
-    """The images of a run; none where the file is missing or cannot be read: they prove nothing."""
+    """The images of a run; none where the file is missing: they prove nothing.
+
+    Raises:
+        DamagedError: if any byte of it is not as it was written.
+    """
+    path = folder / FILE
     try:
-        rows = pq.read_table(folder / FILE, schema=_SCHEMA).to_pylist()
+        payload = contents(path)
+    except FileNotFoundError:
+        return {}
+    if parquet_seal(payload) is False:
+        raise DamagedError(path, DIFFERS, _AGAIN)
+    try:
+        rows = pq.read_table(io.BytesIO(payload), schema=_SCHEMA).to_pylist()
         return {
             (row["dataset"], row["index"]): np.frombuffer(row["pixels"], np.uint8).reshape(
                 row["shape"]
             )
             for row in rows
         }
-    except (OSError, pa.ArrowException, ValueError, TypeError, KeyError):
-        return {}
+    except (OSError, pa.ArrowException, ValueError, TypeError, KeyError) as cause:
+        raise DamagedError(path, "it cannot be read", _AGAIN) from cause

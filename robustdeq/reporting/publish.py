@@ -7,6 +7,7 @@ from pathlib import Path
 from robustdeq.reporting.figures import figures, write_figures
 from robustdeq.reporting.page.build import write_page
 from robustdeq.reporting.run import RunReport, read_run
+from robustdeq.reporting.sums import PAGE, write_sums
 
 
 def publish(folder: Path) -> Path:
@@ -23,4 +24,6 @@ def publish_report(run: RunReport, path: Path | None = None) -> Path:
     drawn = figures(run)
     page = write_page(run, drawn, path)
     write_figures(drawn, page.parent)
+    if page.parent == run.folder:
+        write_sums(run.folder, PAGE)
     return page

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from robustdeq.errors import UsageError
 from robustdeq.records import Store
+from robustdeq.sealed import Form
 from robustdeq.verdict import Evidence, Failure, Verdict, judge_evidence
+
+FILE = "run.json"
+INDEX = Form(
+    newest=2,
+    sealed=2,
+    remedy="give the same 'robustdeq run' command again, which writes it anew from the records.",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,24 +109,52 @@ def read_run(folder: Path) -> RunReport:
     """A run's folder, its verdicts computed afresh from its records.
 
     Raises:
-        UsageError: if the folder holds no run, or more than one and none is named.
+        DamagedError: if `run.json` or a record of it is not as it was written.
+        UsageError: if the folder holds no run, or more than one and none is named; or a record
+            that the run lists is gone.
     """
     index = _index(folder)
     store = Store(index.parent / "records")
+    data = read_index(index.parent)
     try:
-        data = json.loads(index.read_text(encoding="utf-8"))
         evidences = tuple(_evidence(row, store) for row in data["rows"])
         str(data["suite"]["name"])
-    except (OSError, ValueError, KeyError, TypeError) as cause:
+    except (ValueError, KeyError, TypeError, AttributeError) as cause:
         raise UsageError(f"{index} is not a run of this version; run the suite again.") from cause
     verdicts = tuple(judge_evidence(evidence) for evidence in evidences)
     return RunReport(index.parent, data, evidences, verdicts)
 
 
+def read_index(folder: Path) -> dict[str, Any]:
+    """What `run.json` holds.
+
+    Raises:
+        DamagedError: if any byte of it is not as it was written.
+        UsageError: if there is none, or it is of a newer version.
+    """
+    try:
+        return INDEX.read(folder / FILE)
+    except FileNotFoundError:
+        told = f"{folder} holds no run.json; name the folder of one suite's run."
+        raise UsageError(told) from None
+
+
+def write_index(folder: Path, data: Mapping[str, Any]) -> None:
+    """Write `run.json`, sealed."""
+    INDEX.write(folder / FILE, data)
+
+
+def unsealed(run: RunReport) -> list[Path]:
+    """The folders of a run whose `run.json` is older than seals are."""
+    origins = [run.origin(row) for row in range(len(run.verdicts))]
+    old = {o.folder for o in origins if o.data.get("format", INDEX.sealed) < INDEX.sealed}
+    return sorted(old)
+
+
 def _index(folder: Path) -> Path:
-    if (folder / "run.json").is_file():
-        return folder / "run.json"
-    found = sorted(folder.glob("*/run.json"))
+    if (folder / FILE).is_file():
+        return folder / FILE
+    found = sorted(folder.glob(f"*/{FILE}"))
     if len(found) == 1:
         return found[0]
     if found:
@@ -128,11 +164,11 @@ def _index(folder: Path) -> Path:
 
 
 def _evidence(row: dict[str, Any], store: Store) -> Evidence:
-    held = [store.summary(key) for keys in row["records"].values() for key in keys]
+    held = [store.listed(key) for keys in row["records"].values() for key in keys]
     return Evidence(
         case=row["case"],
         chunks=row["chunks"],
         expected={int(k): tuple(v) for k, v in row["expected"].items()},
-        records=tuple(record for record in held if record is not None),
+        records=tuple(held),
         failures=tuple(Failure(**failure) for failure in row["failures"]),
     )

@@ -17,6 +17,8 @@ from robustdeq.running.process import ChunkProcess, is_fatal
 from robustdeq.running.task import Message, Plan, Task, held_events
 
 _PATIENCE_SECONDS = 5.0
+_MARKS = {"started": "started", "damaged": "damaged"}
+"""What is said of a stage before it is over."""
 
 
 def default_workers(device: torch.device) -> int:
@@ -96,7 +98,7 @@ class _Job:
     """A task on its way through one process, or several where they die."""
 
     task: Task
-    said: set[tuple[str, object]] = field(default_factory=set)
+    said: set[tuple[str, str]] = field(default_factory=set)
     finished: bool = False
 
     def start(self) -> ChunkProcess:
@@ -119,7 +121,7 @@ class _Job:
         if isinstance(item, Event) and item.kind == "stopped":
             raise StorageError(item.reason)
         # A second process tells again what the first has told.
-        mark = ("plan", "") if isinstance(item, Plan) else (item.key, item.kind == "started")
+        mark = ("", "plan") if isinstance(item, Plan) else (item.key, _MARKS.get(item.kind, "over"))
         if mark not in self.said:
             self.said.add(mark)
             yield Message(self.task, item)

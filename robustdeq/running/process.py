@@ -24,8 +24,9 @@ from typing import Any, Protocol
 
 import torch
 
-from robustdeq.errors import StorageError, sentence
+from robustdeq.errors import DamagedError, StorageError, sentence
 from robustdeq.evaluation.chain import Chain, Event
+from robustdeq.evaluation.provenance import THREADS
 from robustdeq.evaluation.stages import CLEAN
 from robustdeq.records import Record, Store
 from robustdeq.running.output import bounded_output
@@ -219,9 +220,9 @@ class _Own(Store):
 class _Distant(Store):
     """A store elsewhere, behind the pipe; what has come or gone is kept in a folder of its own."""
 
-    def __init__(self, folder: Path, exchange: Callable[[Any], Any]) -> None:
+    def __init__(self, folder: Path, shown: Path, exchange: Callable[[Any], Any]) -> None:
         super().__init__(folder)
-        self.exchange = exchange
+        self.shown, self.exchange = shown, exchange
 
     def read(self, key: str) -> Record | None:
         if not self.path(key).exists():
@@ -229,7 +230,12 @@ class _Distant(Store):
             if payload is None:
                 return None
             self.path(key).write_bytes(payload)
-        return super().read(key)
+        try:
+            return super().read(key)
+        except DamagedError as damage:
+            self.path(key).unlink()
+            # As the run's user knows it, and not as the copy that is here.
+            raise DamagedError(self.shown / f"{key}.parquet", damage.cause, damage.remedy) from None
 
     def write(self, record: Record) -> None:
         super().write(record)
@@ -273,7 +279,9 @@ class _Worker:
         self.say(Event("finished", ""))
 
     def _store(self, task: Task) -> Store:
-        return _Own(task.records) if self.scratch is None else _Distant(self.scratch, self.exchange)
+        if self.scratch is None:
+            return _Own(task.records)
+        return _Distant(self.scratch, task.records, self.exchange)
 
     def say(self, item: Any) -> None:
         if os.getpid() != self.pid:  # a plugin has forked, and its copy has come back to us
@@ -298,9 +306,7 @@ def _settle() -> None:
         os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what to do
     signal.signal(signal.SIGTERM, _WRITING.end)
-    # One thread a process: with as many processes as cores more would only get in each other's way,
-    # and sums depend on the number of threads.
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from robustdeq.evaluation.subject import (
 )
 from robustdeq.evidence.bundling import Parts, write_bundle
 from robustdeq.evidence.submissions import FILE as SUBMISSIONS
-from robustdeq.evidence.submissions import added, write_json
+from robustdeq.evidence.submissions import added, settle
 from robustdeq.files import make_folder, sweep, write_atomically
 from robustdeq.keys import digest
 from robustdeq.locks import alone_in
@@ -35,15 +34,14 @@ from robustdeq.records import Record, Store
 from robustdeq.registry import provider
 from robustdeq.reporting.formats import write_tables
 from robustdeq.reporting.images import KEPT, write_images
-from robustdeq.reporting.run import read_run
+from robustdeq.reporting.run import read_index, read_run, write_index
+from robustdeq.reporting.sums import TABLES, begin, write_sums
 from robustdeq.running.cluster import Cluster
 from robustdeq.running.local import Local, default_workers
 from robustdeq.running.task import Engine, Message, Plan, Task
 from robustdeq.suite import Case, Suite, as_data, attacks_of, expand
 from robustdeq.tables import to_csv
 from robustdeq.verdict import Evidence, Failure, Verdict, curves_table, judge_evidence
-
-FORMAT = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +69,17 @@ class Options:
 
 @dataclass(frozen=True)
 class Tick:
-    """Progress of a run, for a display: stages done of those known, and a row when it is ready."""
+    """Progress of a run, for a display: stages done of those known, and a row when it is ready.
+
+    Attributes:
+        note: what the user must know of the files that the run has found, as that one is damaged.
+    """
 
     done: int
     total: int
     label: str = ""
     verdict: Verdict | None = None
+    note: str = ""
 
 
 @dataclass(eq=False)
@@ -179,6 +182,8 @@ class _Running:
         for dataset in suite.datasets:
             slices[dataset.name] = load_slice(dataset.name, "test", dataset.samples or None)
         self.slices = slices
+        for words in (*begin(folder), *settle(folder)):
+            tick(Tick(0, 0, note=words))
         write_images(folder, {d.spec.name: d.take(slice(KEPT)) for d in slices.values()})
         self.store = Store(folder / "records")
         self.rows = [self._row(case) for case in expand(suite)]
@@ -224,13 +229,14 @@ class _Running:
 
     def _others(self, task: Task) -> tuple[tuple[str, tuple[str, ...]], ...]:
         own = self.rows[task.row].case
-        return tuple(
+        found = (
             (row.case.entry.id, tuple(row.keys.get(task.number, ())))
             for index, row in enumerate(self.rows)
             if index != task.row
             and (row.case.dataset, row.case.threat) == (own.dataset, own.threat)
             and row.case.chunk == own.chunk
         )
+        return tuple(sorted(found))  # so that the order of a suite's rows changes nothing
 
     def _failed(self, task: Task) -> tuple[tuple[str, str], ...]:
         """The stages of a chunk that have left no record."""
@@ -280,20 +286,21 @@ class _Running:
             row.open -= 1
             if row.open == 0:
                 self._close(row)
-        self._tell(f"{row.case.entry.id} {item.label}".strip())
+        note = item.reason if item.kind == "damaged" else ""
+        self._tell(f"{row.case.entry.id} {item.label}".strip(), note=note)
 
     def _close(self, row: _Row) -> None:
         verdict = row.judged(self.store.summary)
         self._publish()
         self._tell(row.case.entry.id, verdict)
 
-    def _tell(self, label: str, verdict: Verdict | None = None) -> None:
+    def _tell(self, label: str, verdict: Verdict | None = None, note: str = "") -> None:
         total = max(sum(self.totals.values()), self.done)
-        self.tick(Tick(self.done, total, label, verdict))
+        self.tick(Tick(self.done, total, label, verdict, note))
 
     def _publish(self) -> None:
         self.verdicts = [row.judged(self.store.summary) for row in self.rows]
-        write_json(self.folder / "run.json", added(self.folder, self._provenance()))
+        write_index(self.folder, added(self.folder, self._provenance()))
         self._count_submissions()
         write_tables(self.folder, self.suite.name, self.verdicts)
         self._publish_curves()
@@ -321,10 +328,10 @@ class _Running:
             if reference(e.defense) is not None
         }
         setting = Setting(device=str(self.device), data=load_slice, allow_plugins=True, files=files)
-        run = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
-        write_bundle(self.folder, run, self.verdicts, parts)
+        write_bundle(self.folder, read_index(self.folder), self.verdicts, parts)
         if rescore_stale(self.folder, setting=setting):
             self._count_submissions()
+        write_sums(self.folder, TABLES)
 
     def _plugin(self, case: Case) -> str:
         """What provides a row's defense: distribution and version, or file and SHA-256."""
@@ -339,7 +346,6 @@ class _Running:
     def _provenance(self) -> dict[str, Any]:
         """`run.json`: what was run, where, and which records make up each row."""
         return {
-            "format": FORMAT,
             "robustdeq": robustdeq.__version__,
             "suite": as_data(self.suite),
             "suite_digest": digest(as_data(self.suite)),
