@@ -39,6 +39,11 @@ def check_file_name(name: str, what: str) -> str:
     return name
 
 
+def is_file_name(name: str) -> bool:
+    """Whether `check_file_name` would take it."""
+    return not _wrong_in_file(name)
+
+
 def check_label(text: str, what: str, longest: int = LONGEST_LABEL) -> str:
     """The text, if it is one line of printable characters and not too long.
 

@@ -22,6 +22,8 @@ from robustdeq.interfaces import Kind, kind_of
 
 PUBLIC = "file:"
 _PREFIX = "robustdeq_file_"
+_LONGEST = 100
+"""Characters of a class's name."""
 _REFERENCE = re.compile(r"(?P<path>.+\.py)(:(?P<name>\w*))?")
 
 
@@ -172,6 +174,12 @@ def neighbors(path: Path) -> list[Path]:
 def _of_kind(kind: Kind, text: str) -> list[type[Any]]:
     """Exactly one class."""
     found = [cls for cls in classes_in(text) if kind_of(cls) == kind]
+    for cls in found:
+        if not cls.__name__.isidentifier() or len(cls.__name__) > _LONGEST:
+            raise UsageError(
+                f"{Path(text).name} defines a class named {ascii(cls.__name__)[:60]}; give it a "
+                "name that can be written in Python."
+            )
     if len(found) == 1:
         return found
     names = ", ".join(f"{Path(text).name}:{cls.__name__}" for cls in found)

@@ -123,10 +123,14 @@ def _records(check: RowCheck, number: int, by: str) -> list[Record]:
 
 
 def _kept_weights(folder: Path, bundle: Bundle, row: BundleRow, setting: Setting) -> str:
-    """The name of a copy of a bundle's weights in the run's own folder; empty without a file."""
+    """The name of a copy of a bundle's weights in the run's own folder; empty without a file.
+
+    It bears its digest, so that no bundle can put its file in the place of another's.
+    """
     path = bundle.weights(row, setting.weights)
     if path is None or row.weights is None:
         return ""
+    name = f"{row.weights.sha256}.safetensors"
     make_folder(folder / "weights")
-    write_atomically(folder / "weights" / row.weights.name, path.read_bytes())
-    return row.weights.name
+    write_atomically(folder / "weights" / name, path.read_bytes())
+    return name

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from robustdeq.bounded import read_json
 from robustdeq.errors import UsageError
 from robustdeq.evidence.bundle import Bundle, read_bundle
 from robustdeq.evidence.bundling import Parts, write_bundle
@@ -41,7 +42,7 @@ def read_submissions(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {"format": FORMAT, "examples": [], "rows": []}
     try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        data: dict[str, Any] = read_json(path)
         known = data["format"] == FORMAT and isinstance(data["examples"] + data["rows"], list)
     except (OSError, ValueError, KeyError, TypeError):
         known = False
@@ -128,7 +129,7 @@ def open_run(folder: Path) -> Run:
     if not path.is_file():
         raise UsageError(f"{folder} holds no run.json; name the folder of one suite's run.")
     verdicts = list(read_run(folder).verdicts)
-    data = json.loads(path.read_text(encoding="utf-8"))
+    data = read_json(path)
     return Run(folder, data, verdicts, read_bundle(folder / "bundle"))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from robustdeq.bounded import read_json
 from robustdeq.comparison import Comparison, compare, flips_table, paragraph
 from robustdeq.errors import UsageError, unknown
 from robustdeq.reporting.page.environment import cut, environment
@@ -114,7 +114,7 @@ def find_runs(names: Sequence[str], out: Path) -> list[Path]:
 def _has(index: Path, names: Sequence[str]) -> bool:
     """Whether a run has a row of each ID, title or defense, without reading its records."""
     try:
-        cases = [row["case"] for row in json.loads(index.read_text(encoding="utf-8"))["rows"]]
+        cases = [row["case"] for row in read_json(index)["rows"]]
         held = {
             name
             for case in cases

@@ -11,12 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from robustdeq.bounded import read_parquet
 from robustdeq.datasets import Slice
 from robustdeq.files import write_atomically
 
 FILE = "images.parquet"
 KEPT = 32
 """How many images of each data set a run keeps."""
+_LARGEST = 256 * 2**20
+"""Bytes of all images of a run."""
 _SCHEMA = pa.schema(
     [
         ("dataset", pa.string()),
@@ -45,12 +48,13 @@ def write_images(folder: Path, slices: Mapping[str, Slice]) -> None:
 def read_images(folder: Path) -> Images:
     """The images of a run; none where the file is missing or cannot be read: they prove nothing."""
     try:
-        rows = pq.read_table(folder / FILE, schema=_SCHEMA).to_pylist()
+        rows = read_parquet(folder / FILE, _SCHEMA.names, largest=_LARGEST).to_pylist()
         return {
             (row["dataset"], row["index"]): np.frombuffer(row["pixels"], np.uint8).reshape(
                 row["shape"]
             )
             for row in rows
+            if len(row["shape"]) == 3
         }
-    except (OSError, pa.ArrowException, ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError):
         return {}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from robustdeq.bounded import read_json
 from robustdeq.errors import UsageError
 from robustdeq.records import Store
 from robustdeq.verdict import Evidence, Failure, Verdict, judge_evidence
@@ -106,7 +106,7 @@ def read_run(folder: Path) -> RunReport:
     index = _index(folder)
     store = Store(index.parent / "records")
     try:
-        data = json.loads(index.read_text(encoding="utf-8"))
+        data = read_json(index)
         evidences = tuple(_evidence(row, store) for row in data["rows"])
         str(data["suite"]["name"])
     except (OSError, ValueError, KeyError, TypeError) as cause:
