@@ -228,9 +228,13 @@ def _header(source: Path | bytes) -> tuple[int, bytes]:
         head, whole = source, len(source)
     (length,) = struct.unpack("<Q", head[:8])
     if length > LARGEST_HEADER:
-        raise BoundError(f"declares a header of {length} bytes, of {LARGEST_HEADER} at most")
+        raise BoundError(
+            f"is not safetensors, or has a header of {length} bytes, of {LARGEST_HEADER} at most"
+        )
     if 8 + length > whole:
-        raise BoundError(f"declares a header of {length} bytes, and has {whole} in all")
+        raise BoundError(
+            f"is not safetensors, or cut: its header should have {length} bytes, all has {whole}"
+        )
     return whole - 8 - length, head[8 : 8 + length]
 
 

@@ -69,6 +69,28 @@ def public_name(kind: Kind, text: str) -> str:
     return text if reference(text) is None else PUBLIC + class_in(kind, text).__name__
 
 
+def declared(text: str) -> dict[str, str]:
+    """What stands in records for each class of a file, with a whole reference; nothing is run.
+
+    Raises:
+        UsageError: if there is no such file, or it is no Python.
+    """
+    named = reference(text)
+    if named is None:
+        raise UsageError(f"{text} is no file; write FILE.py or FILE.py:NAME.")
+    path = named.path.resolve()
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist; name FILE.py or FILE.py:NAME.")
+    try:
+        body = ast.parse(path.read_bytes()).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as cause:
+        raise UsageError(f"{path.name} is no Python ({sentence(cause)}); repair it.") from cause
+    names = [node.name for node in body if isinstance(node, ast.ClassDef)]
+    if named.name and named.name not in names:
+        raise unknown(f"class in {path.name}", named.name, names)
+    return {PUBLIC + name: f"{path}:{name}" for name in names if named.name in ("", name)}
+
+
 def class_in(kind: Kind, text: str) -> type[Any]:
     """The one plugin class of a kind that a reference to a file names.
 

@@ -28,7 +28,7 @@ ORDER = [
     ["plugin_files"],
     ["registry"],
     ["suite", "weights", "listing"],
-    ["plugin_rows"],
+    ["plugin_rows", "conversion"],
     ["verdict", "tables", "comparison", "reporting"],
     ["evaluation", "training", "evidence", "contract"],
     ["cli"],

@@ -10,7 +10,8 @@ import torch
 from robustdeq.errors import CaseError, UsageError
 from robustdeq.evaluation.subject import chunk_count
 from robustdeq.evidence.bundle import Bundle, BundleRow, read_bundle
-from robustdeq.evidence.rescoring import Setting
+from robustdeq.evidence.confined import Adopted, Limits, confined
+from robustdeq.evidence.rescoring import Setting, is_built_in
 from robustdeq.evidence.submissions import Run, add, check_name, open_run, publish, title_of
 from robustdeq.evidence.submitted import attack_record, checks_record, clean_record, label_of
 from robustdeq.evidence.verify import RowCheck, claims
@@ -51,6 +52,17 @@ def submit_bundle(
     add(folder, "rows", [_new_row(run, bundle, check, by, name) for check, name in pairs])
     publish(run)
     return [row.title for row in chosen]
+
+
+def adopted(
+    folder: Path, path: Path, by: str, *, rows: str | None, setting: Setting, limits: Limits
+) -> list[str]:
+    """As `submit_bundle`, in a process of its own where it runs code that is not built in."""
+    if all(is_built_in(row, setting) for row in claims(read_bundle(path), rows, setting)):
+        return submit_bundle(folder, path, by, rows=rows, setting=setting)
+    places = {"folder": str(folder.resolve()), "path": str(path.resolve())}
+    job = {**places, "by": by, "rows": rows, "setting": setting}
+    return list(confined("adopt", job, Adopted, limits).titles)
 
 
 def _there(run: Run, bundle: Bundle, row: BundleRow, by: str) -> bool:

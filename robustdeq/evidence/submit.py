@@ -21,7 +21,16 @@ from numpy.typing import NDArray
 from robustdeq.bounded import BoundError, read_bytes
 from robustdeq.errors import CaseError, RobustDEQError, UsageError, sentence
 from robustdeq.evidence.bundle import BundleRow, Examples, read_examples
-from robustdeq.evidence.rescoring import Rebuilt, Setting, Trial, rebuild, trials
+from robustdeq.evidence.confined import Limits, confined
+from robustdeq.evidence.rescoring import (
+    Rebuilt,
+    Setting,
+    Trial,
+    check_trust,
+    is_built_in,
+    rebuild,
+    trials,
+)
 from robustdeq.evidence.submissions import (
     Run,
     add,
@@ -85,6 +94,19 @@ def submit_examples(
     if not submission.fallen:
         raise CaseError(_refusal(file, submission))
     return submission
+
+
+def submitted(
+    folder: Path, row: str, file: Path, by: str, *, setting: Setting, limits: Limits
+) -> Submission:
+    """As `submit_examples`, in a process of its own where it runs code that is not built in."""
+    told = open_run(folder).bundle.find(row)
+    check_trust(told, setting)
+    if is_built_in(told, setting):
+        return submit_examples(folder, row, file, by, setting=setting)
+    places = {"folder": str(folder.resolve()), "file": str(file.resolve())}
+    job = {**places, "row": row, "by": by, "setting": setting}
+    return confined("submit", job, Submission, limits)
 
 
 def rescore_stale(folder: Path, *, setting: Setting | None = None) -> list[str]:
