@@ -58,7 +58,7 @@ def run(
     from robustdeq.evaluation.run import Options, run_suite
     from robustdeq.plugin_rows import additions
     from robustdeq.reporting.publish import publish
-    from robustdeq.suite import adjusted, check_suite, find_suite
+    from robustdeq.suite import adjusted, check_suite, find_suite, unpinned
 
     del debug
     if workers is not None and workers < 1:
@@ -67,6 +67,12 @@ def run(
     wide = more.rows_in(find_suite(suite))
     chosen = more.attacks_in(adjusted(wide, samples, battery, only, threat, curves, autoattack))
     check_suite(chosen, f"suite {chosen.name} with --plugin" if plugin else f"suite {chosen.name}")
+    if loose := unpinned(chosen):
+        names = ", ".join(loose[:5]) + (" and others" if len(loose) > 5 else "")
+        ERR.print(
+            escape(f"warning: the suite has no sha256 for the weights of {names}; any will do."),
+            style="yellow",
+        )
     if estimate:
         _print_estimate(chosen, device, weights, workers)
         return
