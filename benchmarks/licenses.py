@@ -72,17 +72,17 @@ def text(wanted: list[Dependency], held: dict[str, str]) -> str:
 def license_of(name: str) -> str:
     """A license from a distribution's metadata; empty where it is not installed or has none."""
     try:
-        told = metadata.metadata(name)
+        told = metadata.metadata(name).json
     except metadata.PackageNotFoundError:
         return ""
-    if told.get("License-Expression"):
-        return str(told["License-Expression"])
+    if told.get("license_expression"):
+        return str(told["license_expression"])
     classified = [
         line.rpartition(" :: ")[2]
-        for line in told.get_all("Classifier") or []
+        for line in told.get("classifier", [])
         if line.startswith("License :: ") and line.count(" :: ") > 1
     ]
-    short = str(told.get("License") or "").strip()
+    short = str(told.get("license") or "").strip()
     plain = short if "\n" not in short and len(short) < 60 else ""
     return ", ".join(classified) or plain or _title(name)
 
