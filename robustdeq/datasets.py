@@ -13,12 +13,24 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from robustdeq.errors import RobustDEQError, UsageError, unknown
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+from robustdeq.bounded import (
+    IMAGE_FORMATS,
+    LARGEST_TABLE,
+    MOST_PIXELS,
+    BoundError,
+    parquet_columns,
+    read_parquet,
+)
+from robustdeq.errors import RobustDEQError, UsageError, sentence, unknown
+from robustdeq.plain_names import LONGEST_PATH, check_label
 
 Split = Literal["train", "test"]
 DATA_VARIABLE = "ROBUSTDEQ_DATA"
@@ -136,6 +148,7 @@ def check_dataset(name: str) -> None:
     Raises:
         UsageError: with the nearest known name.
     """
+    check_label(name, "the name of a data set", LONGEST_PATH)
     if name not in dataset_names() and not _is_path(name):
         raise unknown("data set", name, dataset_names())
 
@@ -212,10 +225,8 @@ def _from_parquet(name: str, split: Split, samples: int | None) -> Slice:
 
 def _described(name: str, files: Sequence[Path], images: NDArray[np.uint8]) -> DataSpec:
     """The description of a data set given by path: classes are counted over the whole split."""
-    import pyarrow.parquet as pq
-
     column = _label_column(files, None)
-    labels = np.concatenate([pq.read_table(f, columns=[column])[column].to_numpy() for f in files])
+    labels = np.concatenate([_labels(_table(f, [column]), column, f) for f in files])
     _, channels, height, width = images.shape
     return DataSpec(Path(name).stem, int(labels.max()) + 1, channels, height, width)
 
@@ -272,9 +283,7 @@ def _downloaded(name: str, split: Split, folder: str | None) -> list[Path]:
 
 
 def _label_column(files: Sequence[Path], wanted: str | None) -> str:
-    import pyarrow.parquet as pq
-
-    columns = pq.read_schema(files[0]).names
+    columns = _columns(files[0])
     for column in (wanted, "label", "fine_label", "labels"):
         if column in columns:
             return str(column)
@@ -284,35 +293,71 @@ def _label_column(files: Sequence[Path], wanted: str | None) -> str:
 def _read(
     files: Sequence[Path], samples: int | None, wanted: str | None
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        label = _label_column(files, wanted)
-        columns = pq.read_schema(files[0]).names
-        image = next((c for c in ("image", "img") if c in columns), None)
-        if image is None:
-            raise UsageError(f"{files[0]} has no column 'image' or 'img', only {columns}.")
-        table = pa.concat_tables([pq.read_table(f, columns=[image, label]) for f in files])
-    except (OSError, pa.ArrowException) as cause:
-        raise UsageError(f"{files[0]} cannot be read as Parquet ({cause}).") from cause
-    if samples is not None:
-        table = table.slice(0, samples)
-    if not len(table):
+    label, columns = _label_column(files, wanted), _columns(files[0])
+    image = next((c for c in ("image", "img") if c in columns), None)
+    if image is None:
+        raise UsageError(f"{files[0]} has no column 'image' or 'img', only {columns}.")
+    pixels: list[NDArray[np.uint8]] = []
+    labels: list[NDArray[np.int64]] = []
+    for file in files:
+        left = None if samples is None else samples - len(pixels)
+        if left == 0:
+            break
+        table = _table(file, [image, label], left)
+        labels.append(_labels(table, label, file))
+        pixels += _decoded(table[image], file)
+    if not pixels:
         raise UsageError(f"{files[0]} holds no samples; replace the file.")
-    pixels = [_decode(cell, files[0]) for cell in table[image].to_pylist()]
     if len({p.shape for p in pixels}) > 1:
         raise UsageError(f"{files[0]} holds images of several shapes; resize them to one.")
-    return np.stack(pixels), table[label].to_numpy().astype(np.int64)
+    return np.stack(pixels), np.concatenate(labels)
+
+
+def _table(file: Path, columns: list[str], rows: int | None = None) -> pa.Table:
+    try:
+        return read_parquet(file, columns, rows=rows)
+    except BoundError as cause:
+        raise UsageError(f"{file} {cause}; replace the file.") from cause
+
+
+def _columns(file: Path) -> list[str]:
+    try:
+        return parquet_columns(file)
+    except BoundError as cause:
+        raise UsageError(f"{file} {cause}; replace the file.") from cause
+
+
+def _labels(table: pa.Table, column: str, file: Path) -> NDArray[np.int64]:
+    found = table[column].to_numpy()
+    if found.dtype.kind not in "iu":
+        raise UsageError(f"{file} has labels of type {table[column].type}; give whole numbers.")
+    return found.astype(np.int64)  # type: ignore[no-any-return]
+
+
+def _decoded(cells: pa.ChunkedArray, file: Path) -> list[NDArray[np.uint8]]:
+    """The images of a column, which may not unpack to more than a table may."""
+    found: list[NDArray[np.uint8]] = []
+    size = 0
+    for cell in cells:
+        found.append(_decode(cell.as_py(), file))
+        size += found[-1].nbytes
+        if size > LARGEST_TABLE:
+            raise UsageError(f"{file} holds images of more than {LARGEST_TABLE} bytes; split it.")
+    return found
 
 
 def _decode(cell: Any, file: Path) -> NDArray[np.uint8]:
     """One encoded image, as (channels, height, width)."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
-        picture = Image.open(io.BytesIO(cell["bytes"]))
+        picture = Image.open(io.BytesIO(cell["bytes"]), formats=IMAGE_FORMATS)
+        if picture.width * picture.height > MOST_PIXELS:
+            raise BoundError(f"it declares more than {MOST_PIXELS} pixels")
         pixels = np.asarray(picture if picture.mode in ("L", "RGB") else picture.convert("RGB"))
-    except (UnidentifiedImageError, OSError, TypeError, KeyError) as cause:
-        raise UsageError(f"{file} holds an image that cannot be decoded ({cause}).") from cause
+    # Foreign bytes make the decoders fail in any way there is.
+    except Exception as cause:
+        raise UsageError(
+            f"{file} holds an image that cannot be decoded ({sentence(cause)}); replace it."
+        ) from cause
     return pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, 2, 0)

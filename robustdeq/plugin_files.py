@@ -22,6 +22,8 @@ from robustdeq.interfaces import Kind, kind_of
 
 PUBLIC = "file:"
 _PREFIX = "robustdeq_file_"
+_LONGEST = 100
+"""Characters of a class's name."""
 _REFERENCE = re.compile(r"(?P<path>.+\.py)(:(?P<name>\w*))?")
 
 
@@ -65,6 +67,28 @@ def public_name(kind: Kind, text: str) -> str:
         UsageError: see `located`.
     """
     return text if reference(text) is None else PUBLIC + class_in(kind, text).__name__
+
+
+def declared(text: str) -> dict[str, str]:
+    """What stands in records for each class of a file, with a whole reference; nothing is run.
+
+    Raises:
+        UsageError: if there is no such file, or it is no Python.
+    """
+    named = reference(text)
+    if named is None:
+        raise UsageError(f"{text} is no file; write FILE.py or FILE.py:NAME.")
+    path = named.path.resolve()
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist; name FILE.py or FILE.py:NAME.")
+    try:
+        body = ast.parse(path.read_bytes()).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as cause:
+        raise UsageError(f"{path.name} is no Python ({sentence(cause)}); repair it.") from cause
+    names = [node.name for node in body if isinstance(node, ast.ClassDef)]
+    if named.name and named.name not in names:
+        raise unknown(f"class in {path.name}", named.name, names)
+    return {PUBLIC + name: f"{path}:{name}" for name in names if named.name in ("", name)}
 
 
 def class_in(kind: Kind, text: str) -> type[Any]:
@@ -172,6 +196,12 @@ def neighbors(path: Path) -> list[Path]:
 def _of_kind(kind: Kind, text: str) -> list[type[Any]]:
     """Exactly one class."""
     found = [cls for cls in classes_in(text) if kind_of(cls) == kind]
+    for cls in found:
+        if not cls.__name__.isidentifier() or len(cls.__name__) > _LONGEST:
+            raise UsageError(
+                f"{Path(text).name} defines a class named {ascii(cls.__name__)[:60]}; give it a "
+                "name that can be written in Python."
+            )
     if len(found) == 1:
         return found
     names = ", ".join(f"{Path(text).name}:{cls.__name__}" for cls in found)

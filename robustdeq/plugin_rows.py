@@ -14,9 +14,9 @@ from robustdeq.keys import file_sha256
 from robustdeq.plugin_files import classes_in, located, public_name, reference
 from robustdeq.registry import load, parameters_of, registered
 from robustdeq.suite import AttackEntry, DefenseEntry, Suite
-from robustdeq.weights import read_info
+from robustdeq.weights import check_suffix, read_info
 
-_ADDITION = re.compile(r"(?P<plugin>[^=]+)(=(?P<weights>.+\.safetensors))?")
+_ADDITION = re.compile(r"(?P<plugin>[^=]+)(=(?P<weights>.+))?")
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,7 @@ def _weighted(rows: list[DefenseEntry], weights: str, text: str) -> list[Defense
             "FILE.py:NAME=WEIGHTS."
         )
     (row,), path = rows, Path(weights)
+    check_suffix(path)
     if not path.is_file():
         raise UsageError(f"weights {path} do not exist; train them with 'robustdeq train'.")
     info = read_info(path)

@@ -10,7 +10,6 @@ JSON in the Parquet metadata. Resume, tables and reports derive from these files
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Mapping
 from contextlib import suppress
@@ -21,8 +20,8 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from robustdeq.bounded import parquet_columns, read_parquet
 from robustdeq.errors import DamagedError, UsageError
 from robustdeq.files import write_atomically
 from robustdeq.keys import canonical_json, digest
@@ -300,6 +299,5 @@ _UNREADABLE = (OSError, pa.ArrowException, KeyError, ValueError, OverflowError, 
 
 
 def _table(payload: bytes, pixels: bool) -> pa.Table:
-    with pq.ParquetFile(io.BytesIO(payload), page_checksum_verification=True) as file:
-        names = [n for n in file.schema_arrow.names if pixels or n != "adversarial"]
-        return file.read(columns=names)
+    names = [n for n in parquet_columns(payload) if pixels or n != "adversarial"]
+    return read_parquet(payload, names)

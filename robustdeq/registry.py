@@ -20,6 +20,7 @@ from robustdeq.errors import UsageError, sentence, unknown
 from robustdeq.interfaces import Attack, Defense, Recipe
 from robustdeq.interfaces import Kind as Kind
 from robustdeq.keys import file_sha256
+from robustdeq.plain_names import is_plugin_name
 from robustdeq.plugin_files import class_in, reference
 from robustdeq.texts import one_line
 
@@ -43,12 +44,17 @@ def registered(kind: Kind) -> dict[str, Registered]:
     """All plugins of a kind by name, sorted; nothing is imported.
 
     Raises:
-        UsageError: if two distributions register the same name.
+        UsageError: if two distributions register the same name, or one a name that is none.
     """
     found: dict[str, Registered] = {}
     for entry in metadata.entry_points(group=f"robustdeq.{kind}s"):
-        name = entry.dist.metadata["Name"] if entry.dist else "an unknown distribution"
-        version = entry.dist.version if entry.dist else ""
+        name = one_line(entry.dist.metadata["Name"] if entry.dist else "an unknown distribution")
+        version = one_line(entry.dist.version) if entry.dist else ""
+        if not is_plugin_name(entry.name):
+            raise UsageError(
+                f"{kind} {ascii(entry.name)[:60]} of {name} has a name that is none: at most 100 "
+                f"letters, digits, dots, dashes and underscores; uninstall {name}."
+            )
         plugin = Registered(entry.name, kind, name, version, entry.value, entry)
         other = found.setdefault(entry.name, plugin)
         # A distribution can be seen twice (an editable install beside its own build folder).

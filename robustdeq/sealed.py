@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from robustdeq.bounded import LARGEST_TABLE, BoundError, parse_json, read_bytes
 from robustdeq.errors import DamagedError, UsageError
 from robustdeq.files import write_atomically
 from robustdeq.keys import canonical, digest
@@ -78,12 +79,12 @@ def contents(path: Path) -> bytes:
         FileNotFoundError: if there is none.
         UsageError: if it cannot be read.
     """
+    if not path.exists():
+        raise FileNotFoundError(path)
     try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise
-    except OSError as cause:
-        raise UsageError(f"{path} cannot be read ({cause.strerror}); repair that first.") from cause
+        return read_bytes(path, LARGEST_TABLE)
+    except BoundError as cause:
+        raise UsageError(f"{path} {cause}; repair that first.") from cause
 
 
 def newer(path: Path, found: int, newest: int) -> UsageError:
@@ -101,9 +102,9 @@ def _text(data: Mapping[str, Any]) -> bytes:
 
 def _parsed(payload: bytes, path: Path, remedy: str) -> dict[str, Any]:
     try:
-        data = json.loads(payload)
-    except (ValueError, RecursionError) as cause:
-        raise DamagedError(path, "it is no JSON", remedy) from cause
+        data = parse_json(payload)
+    except BoundError as cause:
+        raise DamagedError(path, f"it {cause}", remedy) from cause
     if not isinstance(data, dict):
         raise DamagedError(path, "it is no JSON object", remedy)
     return data

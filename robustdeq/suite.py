@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -12,13 +11,16 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
+from robustdeq.bounded import LARGEST_TOML, BoundError, parse_toml, read_bytes
 from robustdeq.datasets import check_dataset
 from robustdeq.differentiation import expand_gradients, parse_gradient
 from robustdeq.errors import UsageError, unknown
 from robustdeq.interfaces import Kind
+from robustdeq.plain_names import LONGEST_PATH, check_file_name, check_label
 from robustdeq.plugin_files import PUBLIC, located, public_name
 from robustdeq.registry import load, parameters_of
 from robustdeq.threats import Threat
+from robustdeq.weights import check_suffix
 
 FORMAT = 1
 Augmentation = Literal["none", "shift_flip"]
@@ -173,7 +175,11 @@ def find_suite(name: str) -> Suite:
             raise UsageError(
                 f"suite file {name} does not exist; give a path, or one of {suite_names()}."
             )
-        return parse_suite(path.read_text(encoding="utf-8"), name, path.resolve().parent)
+        try:
+            payload = read_bytes(path, LARGEST_TOML)
+        except BoundError as cause:
+            raise UsageError(f"suite file {name} {cause}; name another.") from cause
+        return parse_suite(payload, name, path.resolve().parent)
     if name not in suite_names():
         raise unknown("suite", name, suite_names())
     text = (resources.files("robustdeq.leaderboards") / f"{name}.toml").read_text(encoding="utf-8")
@@ -187,7 +193,7 @@ def battery(name: str) -> tuple[AttackEntry, ...]:
         UsageError: for an unknown name.
     """
     file = resources.files("robustdeq.leaderboards") / f"{BATTERIES}.toml"
-    lists = tomllib.loads(file.read_text(encoding="utf-8"))
+    lists = parse_toml(file.read_bytes())
     if name not in lists:
         raise unknown("battery", name, lists)
     entries: list[AttackEntry] = []
@@ -199,20 +205,19 @@ def battery(name: str) -> tuple[AttackEntry, ...]:
     return tuple(entries)
 
 
-def parse_suite(text: str, source: str, folder: Path | None) -> Suite:
-    """A suite from TOML text; everything that it names is looked up.
+def parse_suite(text: str | bytes, source: str, folder: Path | None) -> Suite:
+    """A suite from TOML text, perhaps a stranger's; everything that it names is looked up.
 
     Raises:
         UsageError: naming the first thing that is wrong.
     """
     where = f"suite {source}"
     try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as cause:
-        raise UsageError(f"{where} is not valid TOML ({cause}).") from cause
+        data = parse_toml(text)
+    except BoundError as cause:
+        raise UsageError(f"{where} {cause}; repair it.") from cause
     if data.get("format", FORMAT) != FORMAT:
-        raise UsageError(f"{where} is of format {data['format']}, this version reads {FORMAT}.")
-    data = dict(data)
+        raise UsageError(f"{where} is of format {data['format']!r}, this version reads {FORMAT}.")
     for key, cls in (
         ("datasets", DatasetEntry),
         ("attacks", AttackEntry),
@@ -222,9 +227,35 @@ def parse_suite(text: str, source: str, folder: Path | None) -> Suite:
         if not isinstance(items, list):
             raise UsageError(f"{where}: {key} is no list of tables; write [[{key}]].")
         data[key] = [_entry(cls, item, f"{where}, {key}") for item in items]
-    suite: Suite = _placed(_entry(Suite, {**data, "folder": folder}, where))
+    if "folder" in data:
+        raise UsageError(f"{where}: unknown key 'folder'; a suite's folder is that of its file.")
+    suite: Suite = _entry(Suite, {**data, "folder": folder}, where)
+    _check_names(suite, where)
+    suite = _placed(suite)
     check_suite(suite, where)
     return suite
+
+
+def _check_names(suite: Suite, where: str) -> None:
+    """Refuse names that could lead out of a folder, forge a line or have no digest."""
+    check_file_name(suite.name, f"{where}: name")
+    for dataset in suite.datasets:
+        check_label(dataset.name, f"{where}: the name of a data set", LONGEST_PATH)
+    for entry in suite.defenses:
+        check_label(entry.id, f"{where}: a row's id")
+        row = f"{where}: row {entry.id}"
+        if entry.weights:
+            check_label(entry.weights, f"{row}: weights", LONGEST_PATH)
+            check_suffix(Path(entry.weights))
+        if entry.sha256 and not re.fullmatch("[0-9a-f]{64}", entry.sha256):
+            raise UsageError(
+                f"{row}: sha256 is {entry.sha256!r}; give the 64 hexadecimal digits of the file."
+            )
+
+
+def unpinned(suite: Suite) -> list[str]:
+    """The IDs of rows whose weights have no sha256 in the suite: any file of that name will do."""
+    return [e.id for e in suite.defenses if e.weights and not e.sha256]
 
 
 def _placed(suite: Suite) -> Suite:
@@ -476,6 +507,8 @@ def _value(key: str, value: Any, kind: str, where: str) -> Any:
     if kind.startswith("tuple"):
         if not isinstance(value, Sequence) or isinstance(value, str):
             raise UsageError(f"{where}: {key} is {value!r}; give a list.")
+        if kind.startswith("tuple[str") and not all(isinstance(item, str) for item in value):
+            raise UsageError(f"{where}: {key} is {value!r}; give a list of texts.")
         return tuple(value)
     if kind.startswith("dict") and not isinstance(value, Mapping):
         raise UsageError(f"{where}: {key} is {value!r}; give a table.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import pandas as pd
 
@@ -145,10 +145,21 @@ def _trained_alike(verdict: Verdict, other: Verdict) -> bool:
 
 
 def to_csv(table: pd.DataFrame) -> str:
-    """The table as CSV; accuracies are fractions, missing figures are empty."""
+    """The table as CSV; accuracies are fractions, missing figures are empty.
+
+    A spreadsheet runs a cell that begins with one of `=+-@` as a formula. Text of others that does
+    gets an apostrophe in front, which spreadsheets read as "this is text".
+    """
     text = io.StringIO()
-    table.to_csv(text, index=False, lineterminator="\n", float_format="%.6g")
+    table.map(_inert).to_csv(text, index=False, lineterminator="\n", float_format="%.6g")
     return text.getvalue()
+
+
+def _inert(cell: Any) -> Any:
+    if not isinstance(cell, str):
+        return cell
+    plain = "".join(c if c.isprintable() else " " for c in cell)
+    return f"'{plain}" if plain.lstrip()[:1] in ("=", "+", "-", "@") and plain.strip() else plain
 
 
 def to_markdown(table: pd.DataFrame, title: str, notes: Sequence[str] = ()) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from robustdeq.errors import CaseError
+from robustdeq.bounded import BoundError, check_safetensors, parse_json
+from robustdeq.errors import CaseError, UsageError, sentence
 from robustdeq.files import write_atomically
 from robustdeq.keys import canonical, canonical_json, file_sha256
 
 FORMAT = 1
+SUFFIX = ".safetensors"
+_AGAIN = "fetch or train them again."
+_TYPES = {"str": str, "int": int, "bool": bool, "dict": dict}
 
 
 @dataclass(frozen=True)
@@ -68,15 +72,18 @@ def read_info(path: Path) -> WeightsInfo:
 
     Raises:
         CaseError: if the file is not safetensors with our metadata of a known format.
+        UsageError: if it is named like another kind of file.
     """
+    check_suffix(path)
     try:
+        check_safetensors(path)
         with safe_open(path, framework="pt") as stream:
             text = (stream.metadata() or {}).get("robustdeq")
-        data = json.loads(text) if text else None
-    except (SafetensorError, OSError, ValueError) as cause:
-        raise CaseError(
-            f"weights {path} cannot be read ({cause}); fetch or train them again."
-        ) from cause
+        data = parse_json(text) if text else None
+    except BoundError as cause:
+        raise CaseError(f"weights {path} cannot be read: the file {cause}; {_AGAIN}") from cause
+    except (SafetensorError, OSError) as cause:
+        raise CaseError(f"weights {path} cannot be read ({cause}); {_AGAIN}") from cause
     if not isinstance(data, dict):
         raise CaseError(
             f"weights {path} carry no RobustDEQ metadata; train them with 'robustdeq train'."
@@ -87,11 +94,26 @@ def read_info(path: Path) -> WeightsInfo:
             "use the version of RobustDEQ that wrote them."
         )
     try:
-        return WeightsInfo(**data)
+        info = WeightsInfo(**data)
     except TypeError as cause:
-        raise CaseError(
-            f"weights {path} have malformed metadata ({cause}); train them again."
-        ) from cause
+        raise CaseError(f"weights {path} have malformed metadata ({cause}); {_AGAIN}") from cause
+    for part in fields(WeightsInfo):
+        if type(getattr(info, part.name)) is not _TYPES[str(part.type).partition("[")[0]]:
+            raise CaseError(f"weights {path} have malformed metadata ({part.name}); {_AGAIN}")
+    return info
+
+
+def check_suffix(path: Path) -> None:
+    """Refuse a file that is not named as safetensors: most others are pickles, which are code.
+
+    Raises:
+        UsageError: with the command that makes safetensors of it.
+    """
+    if path.suffix != SUFFIX:
+        raise UsageError(
+            f"weights {path} are not named *{SUFFIX}, and other files can run code when they are "
+            "read; write their tensors to one with 'robustdeq convert'."
+        )
 
 
 def verify_sha256(path: Path, expected: str) -> None:
@@ -137,14 +159,24 @@ def load_weights(model: nn.Module, path: Path) -> None:
         CaseError: if names or shapes differ, or a value is not finite.
     """
     try:
+        check_safetensors(path)
         state: dict[str, Tensor] = load_file(path)
+    # Bytes that are no safetensors make the reader fail in any way there is.
+    except Exception as cause:
+        raise CaseError(f"weights {path} cannot be read ({sentence(cause)}); {_AGAIN}") from cause
+    load_state(model, state, path)
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """As `load_weights`, from tensors that were read from the file."""
+    try:
         model.load_state_dict(state, strict=True)
-    except (SafetensorError, OSError, RuntimeError) as cause:
+    except (RuntimeError, TypeError) as cause:
         first = " ".join(str(cause).split())[:200]
         raise CaseError(
             f"weights {path} do not fit the model ({first}); train them again."
         ) from cause
-    if not all(bool(torch.isfinite(v).all()) for v in state.values() if v.is_floating_point()):
+    if not all(bool(v.float().isfinite().all()) for v in state.values() if v.is_floating_point()):
         raise CaseError(f"weights {path} hold values that are not finite; train them again.")
 
 

@@ -17,11 +17,13 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from documents import ROOT, arguments
 
-from robustdeq import cli
+from robustdeq import cli, load_model
 from robustdeq.contract.check import check_plugin
 from robustdeq.evaluation.gate.rules import RULES
+from robustdeq.weights import read_info
 
 ROWS = {
     "Standard_feedforward": ("feedforward", "{ width = 96, inner = 96 }", "feedforward-clean"),
@@ -145,6 +147,14 @@ def gathered(command: str, folder: Path) -> None:
     assert robustdeq("robustdeq run small.toml") == 0
     assert held == sorted(path.name for path in records.iterdir())
     assert len(pd.read_csv(table)["robust_acc"].dropna()) == 2
+
+
+def converted(command: str, folder: Path) -> None:
+    """The weights that a page's reader has of another program, and what is made of them."""
+    source, out = (folder / name for name in arguments(command)[1:3])
+    torch.save(load_model("Standard_feedforward").state_dict(), source)
+    assert robustdeq(command) == 0
+    assert read_info(out).defense == "feedforward"
 
 
 def measured(command: str, folder: Path) -> None:
@@ -288,6 +298,11 @@ INSTEAD = {
     "robustdeq train --suite mnist --only lyadeq --out weights --minutes 100": Instead(_WORDS),
     "robustdeq train --suite cifar10-jpeg --out weights --device cuda --minutes 25": Instead(
         _WORDS
+    ),
+    "robustdeq convert theirs.pt mine.safetensors --defense feedforward --set width=96"
+    " --set inner=96 --allow-pickle": Instead("there is no such file before", converted),
+    "robustdeq run digits --plugin feedforward=mine.safetensors": Instead(
+        _MINUTES, "robustdeq run small.toml --plugin feedforward=mine.safetensors --out out/mine"
     ),
     "sbatch rows.sbatch": Instead("no scheduler: two jobs of the array, one by one", scheduled),
     "python benchmarks/gradient_cosines.py out/digits": Instead("it writes a page", measured),

@@ -362,7 +362,7 @@ def test_a_plugin_without_weights_stands_as_it_is_built(tmp_path: Path) -> None:
     ("text", "words"),
     [
         ("nowhere.py", "does not exist"),
-        ("mine.py=w.pt", "write FILE.py"),
+        ("mine.py=w.pt", "robustdeq convert"),
         ("mine.py=none.safetensors", "do not exist"),
         ("attacks/noise.py=w.safetensors", "its file has none"),
         ("both.py=w.safetensors", "its file has Mine, Other"),

@@ -19,7 +19,7 @@ CORE = ROOT / "robustdeq"
 # Each may import only from groups that stand before its own (or from its own group).
 ORDER = [
     ["texts"],
-    ["errors", "keys", "shapes", "files", "locks", "sealed"],
+    ["errors", "keys", "shapes", "files", "locks", "bounded", "plain_names", "sealed"],
     ["threats", "records", "datasets", "randomness", "statistics"],
     ["equilibrium"],
     ["differentiation"],
@@ -28,7 +28,7 @@ ORDER = [
     ["plugin_files"],
     ["registry"],
     ["suite", "weights", "listing"],
-    ["plugin_rows"],
+    ["plugin_rows", "conversion"],
     ["verdict", "tables", "comparison", "reporting"],
     ["evaluation", "training", "evidence", "contract"],
     ["running"],
@@ -70,6 +70,7 @@ def test_reports_read_records_alone() -> None:
         allowed = {
             "records",
             "datasets",
+            "bounded",
             "errors",
             "files",
             "keys",

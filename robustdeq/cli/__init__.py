@@ -1,6 +1,6 @@
 """The command line. Imports lazily: `--help` and `report` start without torch."""
 
-from robustdeq.cli import evidence, plugins, report, run, train
+from robustdeq.cli import convert, evidence, plugins, report, run, train
 from robustdeq.cli.main import main
 
-__all__ = ["evidence", "main", "plugins", "report", "run", "train"]
+__all__ = ["convert", "evidence", "main", "plugins", "report", "run", "train"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import typer
 from rich.console import Console
 
@@ -12,5 +14,23 @@ APP = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-OUT = Console(soft_wrap=True)
-ERR = Console(stderr=True, soft_wrap=True)
+
+
+class PlainConsole(Console):
+    """A console on which text cannot move the cursor, change colors or forge lines.
+
+    Names and messages of others end here, whatever a command forgot; markup is still the command's
+    own to escape.
+    """
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As rich's, with control characters but line breaks as spaces."""
+        super().print(*(_inert(o) if isinstance(o, str) else o for o in objects), **options)
+
+
+def _inert(text: str) -> str:
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+
+
+OUT = PlainConsole(soft_wrap=True)
+ERR = PlainConsole(stderr=True, soft_wrap=True)

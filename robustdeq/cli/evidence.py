@@ -15,7 +15,11 @@ _ROWS = typer.Option(help="Rows in whose title this regular expression is found.
 _DEVICE = typer.Option(help="auto, cpu or cuda.")
 _DATA = typer.Option(help="Your copy of a data set that the bundle names by a path.")
 _PLUGIN = typer.Option(help="Your copy of a defense that the bundle's maker had in a file.")
-_TRUST = typer.Option("--trust-plugins", help="Run defenses that are not built in.")
+_TRUST = typer.Option(
+    "--trust-plugins", help="Run defenses that are not built in: code, with your rights."
+)
+_MINUTES = typer.Option(help="With --trust-plugins: the most that a plugin may take for a row.")
+_MEMORY = typer.Option(help="With --trust-plugins: GiB of memory that a plugin may take.")
 
 
 @APP.command()
@@ -37,19 +41,26 @@ def verify(
     data: Annotated[Path | None, _DATA] = None,
     plugin: Annotated[list[str] | None, _PLUGIN] = None,
     trust_plugins: Annotated[bool, _TRUST] = False,
+    minutes: Annotated[float, _MINUTES] = 30.0,
+    memory: Annotated[float, _MEMORY] = 16.0,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Score a bundle's claims again from its weights and examples alone; exit 1 if one fails."""
+    from robustdeq.evidence.confined import Limits
     from robustdeq.evidence.reattack import reattack as attack_again
     from robustdeq.evidence.verify import verify_bundle
 
     del debug
     setting = _setting(batch_size, device, weights, data, trust_plugins, plugin or [])
-    report = verify_bundle(bundle, rows=rows, setting=setting)
+    limits = Limits(minutes=minutes, memory=memory)
+    _warn(setting, limits)
+    report = verify_bundle(bundle, rows=rows, setting=setting, limits=limits)
     _print_report(report)
     held = report.ok
     if reattack:
-        again = attack_again(bundle, reattack, seed, battery=battery, rows=rows, setting=setting)
+        again = attack_again(
+            bundle, reattack, seed, battery=battery, rows=rows, setting=setting, limits=limits
+        )
         _print_reattack(again)
         held = held and again.ok
     if not held:
@@ -69,26 +80,32 @@ def submit(
     data: Annotated[Path | None, _DATA] = None,
     plugin: Annotated[list[str] | None, _PLUGIN] = None,
     trust_plugins: Annotated[bool, _TRUST] = False,
+    minutes: Annotated[float, _MINUTES] = 30.0,
+    memory: Annotated[float, _MEMORY] = 16.0,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Add to a run stronger examples for one row, or the rows of a bundle, once they are scored."""
-    from robustdeq.evidence.adopt import submit_bundle
-    from robustdeq.evidence.submit import submit_examples
+    from robustdeq.evidence.adopt import adopted
+    from robustdeq.evidence.bundle import LARGEST_WEIGHTS
+    from robustdeq.evidence.confined import Limits
+    from robustdeq.evidence.submit import submitted
     from robustdeq.reporting.publish import publish
 
     del debug
     setting = _setting(None, device, None, data, trust_plugins, plugin or [])
+    limits = Limits(minutes=minutes, memory=memory, file=LARGEST_WEIGHTS / 2**30)
+    _warn(setting, limits)
     if path.is_dir():
         if row is not None:
             raise UsageError("--row is for a file of examples; choose a bundle's rows with --rows.")
-        titles = submit_bundle(run, path, by, rows=rows, setting=setting)
+        titles = adopted(run, path, by, rows=rows, setting=setting, limits=limits)
         for title in titles or ["nothing new"]:
             OUT.print(f"added: {escape(title)}", highlight=False)
         publish(run)
         return
     if row is None:
         raise UsageError(f"{path} is a file of examples; name the row that it is for with --row.")
-    told = submit_examples(run, row, path, by, setting=setting)
+    told = submitted(run, row, path, by, setting=setting, limits=limits)
     publish(run)
     _print_submission(told)
 
@@ -101,17 +118,28 @@ def _setting(
     trust: bool,
     plugins: list[str],
 ) -> Any:
-    from robustdeq.evidence.rescoring import Setting, data_at, installed
-    from robustdeq.plugin_files import located, public_name
+    from robustdeq.evidence.rescoring import DataAt, Setting, installed
+    from robustdeq.plugin_files import declared
 
     return Setting(
         batch_size=batch_size,
         device=device,
         weights=weights,
-        data=installed if data is None else data_at(data),
+        data=installed if data is None else DataAt(data),
         allow_plugins=trust,
-        files={public_name("defense", p): located("defense", p) for p in plugins},
+        files={name: place for text in plugins for name, place in declared(text).items()},
     )
+
+
+def _warn(setting: Any, limits: Any) -> None:
+    """Say what --trust-plugins means before it is done."""
+    if setting.allow_plugins:
+        ERR.print(
+            "warning: a defense that is not built in is code, and runs with your rights; its "
+            f"process has {limits.minutes:g} minutes and {limits.memory:g} GiB, which guards "
+            "against accidents, not against malice.",
+            style="yellow",
+        )
 
 
 def _print_report(report: Any) -> None:

@@ -80,7 +80,7 @@ def run(
     from robustdeq.reporting.publish import publish
     from robustdeq.running.recheck import under_seed
     from robustdeq.running.run import Options, run_suite
-    from robustdeq.suite import adjusted, check_suite, find_suite
+    from robustdeq.suite import adjusted, check_suite, find_suite, unpinned
 
     del debug
     if workers is not None and workers < 1:
@@ -89,6 +89,12 @@ def run(
     wide = more.rows_in(find_suite(suite))
     chosen = more.attacks_in(adjusted(wide, samples, battery, only, threat, curves, autoattack))
     check_suite(chosen, f"suite {chosen.name} with --plugin" if plugin else f"suite {chosen.name}")
+    if loose := unpinned(chosen):
+        names = ", ".join(loose[:5]) + (" and others" if len(loose) > 5 else "")
+        ERR.print(
+            escape(f"warning: the suite has no sha256 for the weights of {names}; any will do."),
+            style="yellow",
+        )
     if estimate:
         _print_estimate(chosen, device, weights, workers)
         return

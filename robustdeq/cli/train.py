@@ -74,7 +74,7 @@ def train(
         expected = {Path(e.weights).name: e.sha256 for e in chosen.defenses}
     else:
         assert defense is not None
-        parameters = _assignments(set_ or [])
+        parameters = assignments(set_ or [])
         defense = located("defense", defense)
         plugin = load("defense", defense, parameters)
         named = located("recipe", recipe or plugin.recipe)
@@ -84,7 +84,7 @@ def train(
                 parameters=parameters,
                 dataset=dataset,
                 recipe=named,
-                recipe_parameters={**suited(plugin, named), **_assignments(recipe_set or [])},
+                recipe_parameters={**suited(plugin, named), **assignments(recipe_set or [])},
                 threat=threat,
                 seed=seed,
                 out=out,
@@ -96,9 +96,9 @@ def train(
     _train_all(jobs, expected, picked, _precision(precision, picked.type), minutes)
 
 
-def _assignments(items: list[str]) -> dict[str, Any]:
+def assignments(items: list[str]) -> dict[str, Any]:
     """KEY=VALUE pairs; values as TOML would read them, bare words as text."""
-    import tomllib
+    from robustdeq.bounded import BoundError, parse_toml
 
     values: dict[str, Any] = {}
     for item in items:
@@ -106,8 +106,8 @@ def _assignments(items: list[str]) -> dict[str, Any]:
         if not equals:
             raise UsageError(f"{item!r} is no assignment; write KEY=VALUE.")
         try:
-            values[key.strip()] = tomllib.loads(f"v = {text}")["v"]
-        except tomllib.TOMLDecodeError:
+            values[key.strip()] = parse_toml(f"v = {text}")["v"]
+        except BoundError:
             values[key.strip()] = text
     return values
 

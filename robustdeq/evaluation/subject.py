@@ -180,7 +180,10 @@ def _resolved(info: WeightsInfo, entry: DefenseEntry) -> WeightsInfo:
         return info
     try:
         defense = parameters_of(load("defense", own, info.parameters))
-        recipe = parameters_of(load("recipe", info.recipe, info.recipe_parameters))
+        # Converted weights know no recipe.
+        recipe = {}
+        if info.recipe:
+            recipe = parameters_of(load("recipe", info.recipe, info.recipe_parameters))
     except UsageError:
         return info  # of a plugin that is not there: the comparison names what differs
     return replace(info, parameters=defense, recipe_parameters=recipe)

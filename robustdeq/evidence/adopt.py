@@ -10,7 +10,8 @@ import torch
 from robustdeq.errors import CaseError, UsageError
 from robustdeq.evaluation.subject import chunk_count
 from robustdeq.evidence.bundle import Bundle, BundleRow, read_bundle
-from robustdeq.evidence.rescoring import Setting
+from robustdeq.evidence.confined import Adopted, Limits, confined
+from robustdeq.evidence.rescoring import Setting, is_built_in
 from robustdeq.evidence.submissions import Run, add, check_name, open_run, publish, title_of
 from robustdeq.evidence.submitted import attack_record, checks_record, clean_record, label_of
 from robustdeq.evidence.verify import RowCheck, claims
@@ -51,6 +52,17 @@ def submit_bundle(
     add(folder, "rows", [_new_row(run, bundle, check, by, name) for check, name in pairs])
     publish(run)
     return [row.title for row in chosen]
+
+
+def adopted(
+    folder: Path, path: Path, by: str, *, rows: str | None, setting: Setting, limits: Limits
+) -> list[str]:
+    """As `submit_bundle`, in a process of its own where it runs code that is not built in."""
+    if all(is_built_in(row, setting) for row in claims(read_bundle(path), rows, setting)):
+        return submit_bundle(folder, path, by, rows=rows, setting=setting)
+    places = {"folder": str(folder.resolve()), "path": str(path.resolve())}
+    job = {**places, "by": by, "rows": rows, "setting": setting}
+    return list(confined("adopt", job, Adopted, limits).titles)
 
 
 def _there(run: Run, bundle: Bundle, row: BundleRow, by: str) -> bool:
@@ -123,10 +135,14 @@ def _records(check: RowCheck, number: int, by: str) -> list[Record]:
 
 
 def _kept_weights(folder: Path, bundle: Bundle, row: BundleRow, setting: Setting) -> str:
-    """The name of a copy of a bundle's weights in the run's own folder; empty without a file."""
+    """The name of a copy of a bundle's weights in the run's own folder; empty without a file.
+
+    It bears its digest, so that no bundle can put its file in the place of another's.
+    """
     path = bundle.weights(row, setting.weights)
     if path is None or row.weights is None:
         return ""
+    name = f"{row.weights.sha256}.safetensors"
     make_folder(folder / "weights")
-    write_atomically(folder / "weights" / row.weights.name, path.read_bytes())
-    return row.weights.name
+    write_atomically(folder / "weights" / name, path.read_bytes())
+    return name

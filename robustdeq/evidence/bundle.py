@@ -10,7 +10,7 @@ before it is scored again (`robustdeq.evidence.verify`).
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,8 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load
 
+from robustdeq.bounded import BoundError, check_safetensors, parse_json, read_bytes
 from robustdeq.errors import CaseError, UsageError
 from robustdeq.keys import canonical_json, digest, file_sha256
+from robustdeq.plain_names import is_file_name
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -109,7 +111,7 @@ class Bundle:
         """
         assert row.examples is not None
         path = self.folder / "examples" / row.examples.name
-        pixels = int(np.prod(row.shape)) * len(row.broken)
+        pixels = math.prod(row.shape) * len(row.broken)
         payload = _held(path, row.examples.sha256, 4 * pixels + 8 * len(row.broken) + _HEADER)
         return read_examples(payload, str(path), row.shape)
 
@@ -151,18 +153,22 @@ def read_bundle(folder: Path) -> Bundle:
         UsageError: if the folder holds no bundle, or one that is damaged, malformed or newer.
     """
     path = folder / MANIFEST
+    if folder.is_file():
+        raise UsageError(
+            f"{folder} is a file, and a bundle is a folder; unpack an archive yourself, into an "
+            "empty folder, and name the folder."
+        )
     if not path.is_file():
         raise UsageError(f"{folder} holds no {MANIFEST}; name the folder 'bundle' of a run.")
     try:
         _check_size(path, LARGEST_MANIFEST)
+        payload = read_bytes(path, LARGEST_MANIFEST)
+        data = parse_json(payload)
     except CaseError as cause:
         raise UsageError(str(cause)) from None
-    payload = path.read_bytes()
-    try:
-        data = json.loads(payload)
-        text = _text_of(data)
-    except (ValueError, RecursionError) as cause:
-        raise UsageError(f"{path} is not JSON ({type(cause).__name__}); {_AGAIN}") from cause
+    except BoundError as cause:
+        raise UsageError(f"{path} {cause}; {_AGAIN}") from cause
+    text = _text_of(data)
     _check_format(data, path)
     if payload != text.encode():
         raise UsageError(f"{path} does not match its seal: it is damaged; {_AGAIN}")
@@ -177,7 +183,10 @@ def read_examples(payload: bytes, name: str, shape: tuple[int, ...]) -> Examples
             that shape, each sample once.
     """
     try:
+        check_safetensors(payload)
         held = load(payload)
+    except BoundError as cause:
+        raise CaseError(f"{name} {cause}.") from cause
     # Bytes that are no safetensors make the reader fail in any way there is.
     except Exception as cause:
         raise CaseError(f"{name} is not safetensors ({type(cause).__name__}).") from cause
@@ -306,8 +315,11 @@ def _file(value: Any) -> bool:
     """A name that cannot lead out of its folder, and a digest."""
     if not isinstance(value, dict) or set(value) != {"name", "sha256"}:
         return False
-    name = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]{0,120}\.safetensors", str(value["name"]))
-    return name is not None and _sha256(value["sha256"])
+    name = value["name"]
+    good = isinstance(name, str) and re.fullmatch(
+        r"[A-Za-z0-9][A-Za-z0-9-]{0,120}\.safetensors", name
+    )
+    return bool(good) and is_file_name(name) and _sha256(value["sha256"])
 
 
 def _list(good: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -363,8 +375,8 @@ _ROW: dict[str, Callable[[Any], bool]] = {
 
 
 def _check_size(path: Path, largest: int) -> None:
-    """Refuse what is missing, no plain file, or larger than it can honestly be."""
-    if path.is_symlink() or not path.is_file():
+    """Refuse what is missing, no plain file, behind a link, or larger than it can honestly be."""
+    if path.is_symlink() or path.parent.is_symlink() or not path.is_file():
         raise CaseError(f"{path} is missing, or no plain file; {_AGAIN}")
     if path.stat().st_size > largest:
         raise CaseError(f"{path} is larger than the {largest} bytes that it may have; {_AGAIN}")
@@ -372,7 +384,7 @@ def _check_size(path: Path, largest: int) -> None:
 
 def _held(path: Path, sha256: str, largest: int) -> bytes:
     _check_size(path, largest)
-    payload = path.read_bytes()
+    payload = read_bytes(path, largest)
     _check_sha256(path, hashlib.sha256(payload).hexdigest(), sha256)
     return payload
 

@@ -50,8 +50,10 @@ def write_bundle(
         CaseError: if weights or records that a row was computed from are not there any more.
     """
     target = folder / "bundle"
-    for part in ("examples", "weights"):
-        make_folder(target / part)
+    for part in (target, target / "examples", target / "weights"):
+        if part.is_symlink():  # a stranger's run may lead elsewhere, and files are deleted here
+            raise CaseError(f"{part} is a link, not a folder of this run; remove the link.")
+        make_folder(part)
     writer = _Writer(Store(folder / "records"), target, run, parts)
     rows = [writer.row(row, v) for row, v in zip(run["rows"], verdicts, strict=True)]
     about = {

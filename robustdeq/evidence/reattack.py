@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from robustdeq.errors import UsageError, sentence
 from robustdeq.evaluation.direct import AttackLike, evaluate
 from robustdeq.evidence.bundle import Bundle, BundleRow, read_bundle
-from robustdeq.evidence.rescoring import Rebuilt, Setting, Trial, rebuild, trials
+from robustdeq.evidence.confined import Limits, confined
+from robustdeq.evidence.rescoring import Rebuilt, Setting, Trial, is_built_in, rebuild, trials
 from robustdeq.evidence.verify import Finding, claims
 from robustdeq.randomness import derived_seed
 from robustdeq.verdict import Verdict
@@ -55,6 +55,7 @@ def reattack(
     attacks: Sequence[AttackLike] | None = None,
     rows: str | None = None,
     setting: Setting | None = None,
+    limits: Limits | None = None,
 ) -> Reattack:
     """Attack random survivors of a bundle with a battery, under new seeds.
 
@@ -65,6 +66,7 @@ def reattack(
         battery: a named list of attacks.
         attacks: a list of attacks in place of the battery, as for `robustdeq.evaluate`.
         rows: a regular expression; only rows in whose title it is found.
+        limits: as for `verify_bundle`; then `attacks` must be left out.
 
     Raises:
         UsageError: if the bundle cannot be read, no survivors are asked for, or the bundle would
@@ -80,16 +82,31 @@ def reattack(
     fallen: list[Finding] = []
     failures: list[Finding] = []
     for title, places in chosen.items():
+        row = by_title[title]
         try:
-            verdict = _attacked(bundle, by_title[title], places, seed, attack, setting)
-        except Exception as cause:  # a bundle from anywhere, and perhaps a plugin
+            if limits is None or is_built_in(row, setting):
+                outcome = _attacked(bundle, row, places, seed, attack, setting)
+            else:
+                told = {"title": title, "places": places, "seed": seed, "battery": battery}
+                job = {"path": str(path.resolve()), "setting": setting, **told}
+                outcome = confined("reattack", job, Outcome, limits)
+        except (Exception, SystemExit) as cause:  # a bundle from anywhere, and perhaps a plugin
             why = f"cannot be attacked again: {sentence(cause)}"
             failures.append(Finding(title, None, why))
             continue
-        fallen += verdict.fallen
-        failures += verdict.failures
+        fallen += outcome.fallen
+        failures += outcome.failures
     attacked = {title: len(places) for title, places in chosen.items()}
     return Reattack(attacked=attacked, fallen=tuple(fallen), failures=tuple(failures))
+
+
+def attack_row(
+    path: Path, title: str, places: list[int], seed: int, battery: str, setting: Setting
+) -> Outcome:
+    """Attack some samples of one row of a bundle; for a process of its own."""
+    bundle = read_bundle(path)
+    attack = partial(evaluate, battery=battery)
+    return _attacked(bundle, bundle.find(title), places, seed, attack, setting)
 
 
 def choose(rows: list[BundleRow], samples: int, seed: int) -> Places:
@@ -103,9 +120,12 @@ def choose(rows: list[BundleRow], samples: int, seed: int) -> Places:
     return dict(chosen)
 
 
-class _Outcome(NamedTuple):
-    fallen: list[Finding]
-    failures: list[Finding]
+@dataclass(frozen=True)
+class Outcome:
+    """The samples of one row that fell, and what could not be run."""
+
+    fallen: tuple[Finding, ...]
+    failures: tuple[Finding, ...]
 
 
 def _attacked(
@@ -115,8 +135,7 @@ def _attacked(
     seed: int,
     attack: Callable[..., Verdict],
     setting: Setting,
-) -> _Outcome:
-    """The samples of one row that fell, and what could not be run."""
+) -> Outcome:
     rebuilt = rebuild(bundle, row, setting)
     verdict = attack(
         rebuilt.subject.model,
@@ -129,7 +148,7 @@ def _attacked(
     )
     fallen = _confirmed(rebuilt, places, verdict)
     gap = Finding(row.title, None, f"was not attacked in full: {verdict.note}")
-    return _Outcome(fallen, [] if verdict.status == "ok" else [gap])
+    return Outcome(tuple(fallen), () if verdict.status == "ok" else (gap,))
 
 
 def _confirmed(rebuilt: Rebuilt, places: list[int], verdict: Verdict) -> list[Finding]:

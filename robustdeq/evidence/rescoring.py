@@ -46,14 +46,16 @@ def installed(name: str, split: Split, samples: int) -> Slice:
     return load_slice(name, split, samples)
 
 
-def data_at(path: Path) -> Loader:
+@dataclass(frozen=True)
+class DataAt:
     """As `installed`; data sets that are named by a path are taken from this one."""
 
-    def load(name: str, split: Split, samples: int) -> Slice:
-        there = str(path.resolve()) if _is_path(name) else name
-        return load_slice(there, split, samples)
+    path: Path
 
-    return load
+    def __call__(self, name: str, split: Split, samples: int) -> Slice:
+        """The data set of that name."""
+        there = str(self.path.resolve()) if _is_path(name) else name
+        return load_slice(there, split, samples)
 
 
 def _is_path(name: str) -> bool:
@@ -181,11 +183,21 @@ def check_trust(row: BundleRow, setting: Setting) -> None:
     if setting.allow_plugins:
         return
     remedy = "allow it with --trust-plugins, or leave the row out (--rows)."
-    source = provider("defense", setting.files.get(name, name)).distribution
-    if source != BUILT_IN:
+    if not is_built_in(row, setting):
+        source = provider("defense", setting.files.get(name, name)).distribution
         raise UsageError(f"{row.title}: defense {name!r} is code of {source}; {remedy}")
     if row.weights is None:
         raise UsageError(f"{row.title}: defense {name!r} gets weights by itself; {remedy}")
+
+
+def is_built_in(row: BundleRow, setting: Setting) -> bool:
+    """Whether a row runs code of this distribution alone; nothing is imported to find out.
+
+    Raises:
+        UsageError: if its defense is not here.
+    """
+    name = row.case["defense"]
+    return provider("defense", setting.files.get(name, name)).distribution == BUILT_IN
 
 
 def _whence(row: BundleRow) -> str:

@@ -7,6 +7,7 @@ sample that survived all attacks becomes a record.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,9 +18,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from robustdeq.bounded import BoundError, read_bytes
 from robustdeq.errors import CaseError, RobustDEQError, UsageError, sentence
 from robustdeq.evidence.bundle import BundleRow, Examples, read_examples
-from robustdeq.evidence.rescoring import Rebuilt, Setting, Trial, rebuild, trials
+from robustdeq.evidence.confined import Limits, confined
+from robustdeq.evidence.rescoring import (
+    Rebuilt,
+    Setting,
+    Trial,
+    check_trust,
+    is_built_in,
+    rebuild,
+    trials,
+)
 from robustdeq.evidence.submissions import (
     Run,
     add,
@@ -85,6 +96,19 @@ def submit_examples(
     return submission
 
 
+def submitted(
+    folder: Path, row: str, file: Path, by: str, *, setting: Setting, limits: Limits
+) -> Submission:
+    """As `submit_examples`, in a process of its own where it runs code that is not built in."""
+    told = open_run(folder).bundle.find(row)
+    check_trust(told, setting)
+    if is_built_in(told, setting):
+        return submit_examples(folder, row, file, by, setting=setting)
+    places = {"folder": str(folder.resolve()), "file": str(file.resolve())}
+    job = {**places, "row": row, "by": by, "setting": setting}
+    return confined("submit", job, Submission, limits)
+
+
 def rescore_stale(folder: Path, *, setting: Setting | None = None) -> list[str]:
     """Score again what was submitted for rows that are another case by now; what became of it.
 
@@ -114,10 +138,19 @@ def rescore_stale(folder: Path, *, setting: Setting | None = None) -> list[str]:
 def _read(file: Path, row: BundleRow) -> Examples:
     if not file.is_file():
         raise UsageError(f"{file} does not exist; name a safetensors file with x and index.")
-    largest = 8 * (int(np.prod(row.shape)) + 1) * row.case["n"] + 2**20
-    if file.stat().st_size > largest:
-        raise CaseError(f"{file} is larger than examples for {row.case['n']} samples can be.")
-    x, index = read_examples(file.read_bytes(), str(file), row.shape)
+    if file.suffix != ".safetensors":
+        raise UsageError(
+            f"{file} is not named *.safetensors; give x and index in such a file, never pickled, "
+            "and unpack an archive yourself."
+        )
+    largest = 8 * (math.prod(row.shape) + 1) * row.case["n"] + 2**20
+    try:
+        payload = read_bytes(file, largest)
+    except BoundError as cause:
+        raise CaseError(
+            f"{file} {cause}, as examples for {row.case['n']} samples; split it."
+        ) from cause
+    x, index = read_examples(payload, str(file), row.shape)
     strange = sorted(set(index.tolist()) - set(row.indices))
     if strange or not len(index):
         what = f"an example for sample {strange[0]}" if strange else "no examples"

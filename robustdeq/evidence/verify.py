@@ -14,14 +14,16 @@ from pathlib import Path
 
 import torch
 
-from robustdeq.errors import UsageError, sentence
+from robustdeq.errors import CaseError, UsageError, sentence
 from robustdeq.evaluation.subject import pick_device
 from robustdeq.evidence.bundle import Bundle, BundleRow, read_bundle
+from robustdeq.evidence.confined import Limits, confined
 from robustdeq.evidence.rescoring import (
     NOTHING_TO_BREAK,
     Rebuilt,
     Setting,
     check_trust,
+    is_built_in,
     rebuild,
     trials,
 )
@@ -88,12 +90,20 @@ class Report:
         return bool(self.rows) and not self.failures
 
 
-def verify_bundle(path: Path, *, rows: str | None = None, setting: Setting | None = None) -> Report:
+def verify_bundle(
+    path: Path,
+    *,
+    rows: str | None = None,
+    setting: Setting | None = None,
+    limits: Limits | None = None,
+) -> Report:
     """Check a bundle's files against their digests, and its claims by scoring them again.
 
     Args:
         path: the bundle's folder.
         rows: a regular expression; only rows in whose title it is found.
+        limits: rows of code that is not built in are scored in a process of their own within
+            these; by default in this one.
 
     Raises:
         UsageError: if the bundle cannot be read, or would run code that is not built in.
@@ -102,8 +112,18 @@ def verify_bundle(path: Path, *, rows: str | None = None, setting: Setting | Non
     bundle = read_bundle(path)
     chosen = claims(bundle, rows, setting)
     skipped = [f"{r.title}: {r.status}, {r.note}" for r in selected(bundle, rows) if not _told(r)]
-    reports = tuple(verify_row(bundle, row, setting) for row in chosen)
+    reports = tuple(_verified(bundle, row, setting, limits) for row in chosen)
     return Report(sha256=bundle.sha256, rows=reports, skipped=tuple(skipped))
+
+
+def _verified(bundle: Bundle, row: BundleRow, setting: Setting, limits: Limits | None) -> RowReport:
+    if limits is None or is_built_in(row, setting):
+        return verify_row(bundle, row, setting)
+    try:
+        job = {"bundle": str(bundle.folder.resolve()), "row": row.title, "setting": setting}
+        return confined("verify", job, RowReport, limits)
+    except CaseError as cause:
+        return _unscored(row, cause)
 
 
 def claims(bundle: Bundle, rows: str | None, setting: Setting) -> list[BundleRow]:
@@ -141,13 +161,17 @@ def verify_row(bundle: Bundle, row: BundleRow, setting: Setting) -> RowReport:
     """Check one row; whatever keeps it from being scored is a failure of the row."""
     try:
         return RowCheck(bundle, row, setting).report
-    except Exception as cause:  # a bundle from anywhere, and perhaps a plugin
-        return RowReport(
-            title=row.title,
-            clean_claimed=row.clean_acc,
-            robust_claimed=row.robust_acc,
-            failures=(Finding(row.title, None, f"cannot be scored again: {sentence(cause)}"),),
-        )
+    except (Exception, SystemExit) as cause:  # a bundle from anywhere, and perhaps a plugin
+        return _unscored(row, cause)
+
+
+def _unscored(row: BundleRow, cause: BaseException) -> RowReport:
+    return RowReport(
+        title=row.title,
+        clean_claimed=row.clean_acc,
+        robust_claimed=row.robust_acc,
+        failures=(Finding(row.title, None, f"cannot be scored again: {sentence(cause)}"),),
+    )
 
 
 def _told(row: BundleRow) -> bool:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from robustdeq.bounded import read_parquet
 from robustdeq.datasets import Slice
 from robustdeq.errors import DamagedError
 from robustdeq.files import write_atomically
@@ -20,6 +19,8 @@ FILE = "images.parquet"
 KEPT = 32
 """How many images of each data set a run keeps."""
 _AGAIN = "give the same 'robustdeq run' command again, which writes it anew; or delete it."
+_LARGEST = 256 * 2**20
+"""Bytes of all images of a run."""
 _SCHEMA = pa.schema(
     [
         ("dataset", pa.string()),
@@ -57,12 +58,13 @@ def read_images(folder: Path) -> Images:
     if parquet_seal(payload) is False:
         raise DamagedError(path, DIFFERS, _AGAIN)
     try:
-        rows = pq.read_table(io.BytesIO(payload), schema=_SCHEMA).to_pylist()
+        rows = read_parquet(payload, _SCHEMA.names, largest=_LARGEST).to_pylist()
         return {
             (row["dataset"], row["index"]): np.frombuffer(row["pixels"], np.uint8).reshape(
                 row["shape"]
             )
             for row in rows
+            if len(row["shape"]) == 3
         }
-    except (OSError, pa.ArrowException, ValueError, TypeError, KeyError) as cause:
+    except (ValueError, TypeError, KeyError) as cause:
         raise DamagedError(path, "it cannot be read", _AGAIN) from cause
