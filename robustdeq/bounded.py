@@ -170,6 +170,7 @@ def read_parquet(
             batches = list(_batches(file.iter_batches(_BATCH, columns=columns), rows, largest))
             held = schema if columns is None else pa.schema([schema.field(c) for c in columns])
             table = pa.Table.from_batches(batches) if batches else held.empty_table()
+            table = table.replace_schema_metadata(schema.metadata)
             return table if rows is None else table.slice(0, rows)
     except BoundError:
         raise

@@ -183,6 +183,7 @@ def understood(command: str, folder: Path) -> None:
 
 
 _PRESENT = Instead("the tests run in an environment that exists")
+_RAY = "a cluster takes long to start: tests/faults/ has it"
 _PACKAGE = Instead("the tests install nothing: the extras exist", installed)
 _WORDS = "without data, a GPU or hours: the options are known, and so is what they name"
 _MINUTES = "100 images of fourteen rows take minutes: two rows, four images"
@@ -304,6 +305,14 @@ INSTEAD = {
     "robustdeq run digits --plugin feedforward=mine.safetensors": Instead(
         _MINUTES, "robustdeq run small.toml --plugin feedforward=mine.safetensors --out out/mine"
     ),
+    "robustdeq run digits --timeout 600": Instead(
+        _MINUTES, "robustdeq run small.toml --timeout 600"
+    ),
+    'pip install "robustdeq[ray]"': _PACKAGE,
+    "robustdeq run digits --engine ray --out out/ray": Instead(_RAY),
+    "SUITE=digits OUT=out sbatch --nodes=4 --cpus-per-task=16 docs/robustdeq.sbatch"
+    " --battery adaptive": Instead(_RAY),
+    "tox -e faults": Instead("it takes a quarter of an hour, and is of tests"),
     "sbatch rows.sbatch": Instead("no scheduler: two jobs of the array, one by one", scheduled),
     "python benchmarks/gradient_cosines.py out/digits": Instead("it writes a page", measured),
     "python benchmarks/peers.py digits out/digits": Instead("it takes hours", understood),
@@ -314,6 +323,6 @@ INSTEAD = {
 """By command, as documents have it."""
 ON_PAGE = {
     ("README.md", "robustdeq check my_deq.py"): Instead("it is checked on docs/plugins.md"),
-    ("docs/on_a_cluster.md", "robustdeq run digits"): Instead(_MINUTES, gathered),
+    ("docs/array_of_jobs.md", "robustdeq run digits"): Instead(_MINUTES, gathered),
 }
 """By page and command, where a page needs something else."""

@@ -102,7 +102,7 @@ def out(finished: Path, tmp_path: Path) -> Path:
 
 
 def files(run: Path) -> list[Path]:
-    return sorted(p for p in run.rglob("*") if p.is_file())
+    return sorted(p for p in run.rglob("*") if p.is_file() and p.name[0] != ".")
 
 
 def records(run: Path) -> list[Path]:
