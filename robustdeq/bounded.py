@@ -63,8 +63,10 @@ def read_bytes(path: Path, largest: int = LARGEST_JSON) -> bytes:
     try:
         if not path.is_file():
             raise BoundError("is missing, or no plain file")
+        # Python sets aside what a read may return, so that it is not asked for the limit itself.
+        size = path.stat().st_size
         with path.open("rb") as stream:
-            payload = stream.read(largest + 1)
+            payload = stream.read(min(size, largest) + 1)
     except (OSError, ValueError) as cause:
         if isinstance(cause, BoundError):
             raise

@@ -81,6 +81,7 @@ def _row(row: Row, number: int, store: Store, data: Any) -> dict[str, Any]:
     for record in kept:
         key = f"{number}-{record.meta.label}".replace("[", "-").replace("]", "")
         meta = RecordMeta(**{**asdict(record.meta), "key": key, "case": case, "notes": ()})
+        store.folder.mkdir(parents=True, exist_ok=True)
         store.write(Record(meta, record.rows))
         keys.append(key)
     return {**_listed(case, row), "records": {"0": keys}}
