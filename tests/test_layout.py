@@ -204,3 +204,12 @@ def test_architecture_names_every_file_and_no_other() -> None:
     benchmarks = {p.name for p in (ROOT / "benchmarks").glob("*.py")}
     tests = {p.name for p in (ROOT / "tests").glob("*.py")}
     assert named - files - benchmarks - tests == set()
+
+
+def test_the_page_on_clusters_gives_the_measured_overhead() -> None:
+    row = pd.read_csv(ROOT / "benchmarks" / "results" / "engines.csv").iloc[0]
+    text = " ".join((ROOT / "docs" / "on_a_cluster.md").read_text().split())
+    assert row["suite"] == "digits"
+    assert f"took {row['ratio'] - 1:.0%} longer".replace("%", " %") in text
+    assert f"{row['samples']} images" in text
+    assert row["ratio"] < 1.15

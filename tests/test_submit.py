@@ -35,6 +35,7 @@ from robustdeq.evidence.submissions import added
 from robustdeq.evidence.submit import rescore_stale, submit_examples
 from robustdeq.evidence.verify import verify_bundle
 from robustdeq.keys import canonical
+from robustdeq.locks import alone_in
 from robustdeq.reporting.run import read_index, read_run, write_index
 from robustdeq.suite import AttackEntry
 
@@ -102,8 +103,18 @@ def file(run: Path, tmp_path: Path) -> Path:
     return tmp_path / "stronger.safetensors"
 
 
+def test_nothing_is_submitted_while_a_run_is_at_work(run: Path, file: Path, bundle: Path) -> None:
+    before = contents(run)
+    with alone_in(run), pytest.raises(UsageError, match="in use by process"):
+        submit_examples(run, "Plain", file, "ada")
+    with alone_in(run), pytest.raises(UsageError, match="in use by process"):
+        submit_bundle(run, bundle, "ada")
+    assert contents(run) == before
+
+
 def contents(folder: Path) -> dict[Path, bytes]:
-    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    files = (p for p in folder.rglob("*") if p.is_file() and p.name[0] != ".")
+    return {p: p.read_bytes() for p in files}
 
 
 def test_stronger_examples_lower_their_row_alone(run: Path, file: Path) -> None:

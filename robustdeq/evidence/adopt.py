@@ -12,7 +12,14 @@ from robustdeq.evaluation.subject import chunk_count
 from robustdeq.evidence.bundle import Bundle, BundleRow, read_bundle
 from robustdeq.evidence.confined import Adopted, Limits, confined
 from robustdeq.evidence.rescoring import Setting, is_built_in
-from robustdeq.evidence.submissions import Run, add, check_name, open_run, publish, title_of
+from robustdeq.evidence.submissions import (
+    Run,
+    add,
+    alone_in_run,
+    check_name,
+    publish,
+    title_of,
+)
 from robustdeq.evidence.submitted import attack_record, checks_record, clean_record, label_of
 from robustdeq.evidence.verify import RowCheck, claims
 from robustdeq.files import make_folder, write_atomically
@@ -35,7 +42,11 @@ def submit_bundle(
         UsageError: if a row is there already, or see `verify_bundle`.
     """
     check_name(by)
-    run, setting = open_run(folder), setting or Setting()
+    with alone_in_run(folder) as run:
+        return _submit(run, path, by, rows, setting or Setting())
+
+
+def _submit(run: Run, path: Path, by: str, rows: str | None, setting: Setting) -> list[str]:
     bundle = read_bundle(path)
     chosen = [r for r in claims(bundle, rows, setting) if not _there(run, bundle, r, by)]
     if not chosen:
@@ -47,9 +58,9 @@ def submit_bundle(
             f"{path} does not hold, in {len(failures)} claims, the first: {failures[0]}; nothing "
             "was changed."
         )
-    weights = [_kept_weights(folder, bundle, row, setting) for row in chosen]
+    weights = [_kept_weights(run.folder, bundle, row, setting) for row in chosen]
     pairs = zip(checks, weights, strict=True)
-    add(folder, "rows", [_new_row(run, bundle, check, by, name) for check, name in pairs])
+    add(run.folder, "rows", [_new_row(run, bundle, check, by, name) for check, name in pairs])
     publish(run)
     return [row.title for row in chosen]
 

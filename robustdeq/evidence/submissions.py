@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from robustdeq.errors import DamagedError, UsageError
 from robustdeq.evidence.bundle import Bundle, read_bundle
 from robustdeq.evidence.bundling import Parts, write_bundle
 from robustdeq.keys import canonical_json, digest
+from robustdeq.locks import alone_in
 from robustdeq.records import Store
 from robustdeq.reporting.formats import write_tables
 from robustdeq.reporting.run import read_index, read_run, write_index
@@ -156,6 +158,18 @@ def open_run(folder: Path) -> Run:
     data = read_index(folder)
     verdicts = list(read_run(folder).verdicts)
     return Run(folder, data, verdicts, read_bundle(folder / "bundle"))
+
+
+@contextmanager
+def alone_in_run(folder: Path) -> Iterator[Run]:
+    """A finished run that nobody else changes as long as the block lasts.
+
+    Raises:
+        UsageError: see `open_run`; or a run is at work in the folder.
+    """
+    open_run(folder)  # what is no run has a better sentence than what cannot be locked
+    with alone_in(folder):
+        yield open_run(folder)
 
 
 def add(folder: Path, part: str, entries: list[dict[str, Any]]) -> None:

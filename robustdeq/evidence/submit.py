@@ -34,6 +34,7 @@ from robustdeq.evidence.rescoring import (
 from robustdeq.evidence.submissions import (
     Run,
     add,
+    alone_in_run,
     check_name,
     open_run,
     publish,
@@ -86,11 +87,12 @@ def submit_examples(
         UsageError: if the folder, the row, the name or the defense cannot be used.
     """
     check_name(by)
-    run, setting = open_run(folder), setting or Setting()
-    told = run.bundle.find(row)
-    _check_claim(told)
-    examples = _read(file, told)
-    submission = _repeated(run, told, examples, by) or _submit(run, told, examples, by, setting)
+    with alone_in_run(folder) as run:
+        told = run.bundle.find(row)
+        _check_claim(told)
+        examples = _read(file, told)
+        submission = _repeated(run, told, examples, by)
+        submission = submission or _submit(run, told, examples, by, setting or Setting())
     if not submission.fallen:
         raise CaseError(_refusal(file, submission))
     return submission

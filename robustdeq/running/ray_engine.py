@@ -186,7 +186,9 @@ class _Campaign:
     graphs: list[ChunkGraph]
     flying: dict[Any, tuple[ChunkGraph, str]] = field(default_factory=dict)
     depot: Any = None
-    parcels: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+    compute: Any = None
+    tasks: dict[int, Any] = field(default_factory=dict)
+    weights: dict[int, Any] = field(default_factory=dict)
 
     def go(self) -> Iterator[Message]:
         folder = self.graphs[0].task.records
@@ -194,7 +196,13 @@ class _Campaign:
         self.depot = ray.remote(_Depot).options(
             num_cpus=0, scheduling_strategy=here, max_restarts=-1, max_task_retries=-1
         ).remote(folder)  # fmt: skip
-        self.parcels = {id(g): (ray.put(g.task), ray.put(_weights(g.task))) for g in self.graphs}
+        need = self.engine.need
+        self.compute = ray.remote(_compute).options(
+            num_cpus=need["CPU"],
+            num_gpus=need.get("GPU", 0),
+            memory=need["memory"],
+            max_retries=_RETRIES,
+        )
         try:
             while not all(graph.finished for graph in self.graphs):
                 yield from self._launch()
@@ -218,21 +226,19 @@ class _Campaign:
                 yield Message(graph.task, Event("started", label))
 
     def _submit(self, graph: ChunkGraph, label: str) -> Any:
-        task, weights = self.parcels[id(graph)]
+        task, weights = self._parcel(graph)
         order = _Order(
             self.engine.run_id, label, graph.task.abandoned, self.engine.timeout, _expected()
         )
-        need = self.engine.need
-        return (
-            ray.remote(_compute)
-            .options(
-                num_cpus=need["CPU"],
-                num_gpus=need.get("GPU", 0),
-                memory=need["memory"],
-                max_retries=_RETRIES,
-            )
-            .remote(task, weights, order, self.depot)
-        )
+        return self.compute.remote(task, weights, order, self.depot)
+
+    def _parcel(self, graph: ChunkGraph) -> tuple[Any, Any]:
+        """A chunk's task and its row's weights in the cluster, for as long as they are needed."""
+        if id(graph) not in self.tasks:
+            self.tasks[id(graph)] = ray.put(graph.task)
+        if graph.task.row not in self.weights:
+            self.weights[graph.task.row] = ray.put(_weights(graph.task))
+        return self.tasks[id(graph)], self.weights[graph.task.row]
 
     def _land(self, ref: Any) -> Iterator[Message]:
         graph, label = self.flying.pop(ref)
@@ -246,6 +252,7 @@ class _Campaign:
             yield Message(graph.task, item)
         graph.end(label, fatal)
         if graph.finished:
+            self.tasks.pop(id(graph), None)
             yield Message(graph.task, Event("finished", ""))
 
 
