@@ -142,6 +142,7 @@ class Chain:
     Attributes:
         pools: what other rows found for these samples, once all have been through phase 1.
         abandoned: stages that are left out because they failed before, with the reason.
+        records: what there is by now, the clean one first; `found` has it by label.
     """
 
     subject: Subject
@@ -152,6 +153,8 @@ class Chain:
     curves: Curves | None = None
     abandoned: dict[str, str] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
+    found: dict[str, Record] = field(default_factory=dict)
+    order: list[Stage] = field(default_factory=list)
 
     def run(self, phase: int = 1) -> Iterator[Event]:
         """Compute what the shelf does not hold; a failing attack does not stop the others.
@@ -176,39 +179,47 @@ class Chain:
         Raises:
             CaseError: if one of them is not, or the clean predictions cannot be had.
         """
-        self.records = []
+        self.records.clear()
+        self.found.clear()
         clean = self._stage(CLEAN, fatal=True)
         if label == CLEAN.label:
             yield from clean
             return
         _silent(clean)
-        order = self._order()
-        stage = next(stage for stage in order if stage.label == label)
-        for before in self._needs(stage, order):
+        stage = next(stage for stage in self._order() if stage.label == label)
+        for before in self._needs(stage):
             self._recall(before)
         yield from self._stage(stage)
 
     def steps(self) -> tuple[Step, ...]:
         """All stages after the clean one, of both phases; known once that has been through."""
-        order = self._order()
         return tuple(
-            Step(stage.label, stage.phase, tuple(s.label for s in self._needs(stage, order)))
-            for stage in order
+            Step(stage.label, stage.phase, tuple(s.label for s in self._needs(stage)))
+            for stage in self._order()
         )
 
     def _order(self) -> list[Stage]:
-        """The stages after the clean one."""
-        planned = self.planned(self.records[0].meta.track)
-        first = self.chunk.number == 0
-        curves = [] if self.curves is None else [curves_stage(self.curves)]
-        return [*([CHECKS] if first else []), *planned, *curves, *([TRACES] if first else [])]
+        """The stages after the clean one; always the same objects."""
+        if not self.order:
+            planned = self.planned(self.records[0].meta.track)
+            first = self.chunk.number == 0
+            curves = [] if self.curves is None else [curves_stage(self.curves)]
+            self.order += [CHECKS] * first + planned + curves + [TRACES] * first
+        return self.order
 
-    def _needs(self, stage: Stage, order: list[Stage]) -> list[Stage]:
+    def _needs(self, stage: Stage) -> list[Stage]:
         """The attacks whose records a stage consumes, beside the clean one."""
         if stage.kind not in ("attack", "traces") or stage.scope is Scope.CHUNK:
             return []
-        before = order[: order.index(stage)]
+        before = self.order[: self.order.index(stage)]
         return [s for s in before if s.kind == "attack" and s.phase <= stage.phase]
+
+    def given(self, stage: Stage) -> list[Record]:
+        """The records that decide what a stage is given, whatever else has been computed by now."""
+        if stage.kind == "clean":
+            return []
+        needed = [self.found.get(before.label) for before in self._needs(stage)]
+        return [self.records[0], *(record for record in needed if record is not None)]
 
     def planned(self, track: str) -> list[Stage]:
         """The attacks that apply to the model."""
@@ -225,7 +236,11 @@ class Chain:
                 f"the record of {stage.label} is gone or damaged; give the same command again, "
                 "which computes it anew."
             )
-        self.records.append(held)
+        self._keep(held)
+
+    def _keep(self, record: Record) -> None:
+        self.records.append(record)
+        self.found[record.meta.label] = record
 
     def _stage(self, stage: Stage, fatal: bool = False) -> Iterator[Event]:
         if stage.label in self.abandoned:
@@ -239,7 +254,7 @@ class Chain:
             reason = f"{damage.path} is damaged ({damage.cause}); it is computed again"
             yield Event("damaged", stage.label, key, reason)
         if held is not None:
-            self.records.append(held)
+            self._keep(held)
             yield Event("resumed", stage.label, key)
             return
         yield Event("started", stage.label, key)
@@ -254,7 +269,7 @@ class Chain:
             yield Event("failed", stage.label, key, sentence(cause))
             return
         self.shelf.write(record)
-        self.records.append(record)
+        self._keep(record)
         yield Event("computed", stage.label, key)
 
     def _within_memory(self, stage: Stage, key: str, consumed: tuple[str, ...]) -> Record:
@@ -280,11 +295,8 @@ class Chain:
         """Digests of the records that decide what the stage is given."""
         if stage.kind not in ("attack", "traces"):
             return ()
-        wanted = [r for r in self.records if r.meta.kind in ("clean", "attack")]
-        if stage.scope is Scope.CHUNK:
-            wanted = wanted[:1]
         others = [pool.content_digest for pool in self.pools] if stage.phase > 1 else []
-        return (*(r.content_digest for r in wanted), *others)
+        return (*(record.content_digest for record in self.given(stage)), *others)
 
     def _key(self, stage: Stage, consumed: tuple[str, ...]) -> str:
         return digest(
@@ -301,11 +313,11 @@ class Chain:
             }
         )
 
-    def survivors(self) -> list[int]:
-        """Rows of the chunk that are right and that no earlier attack has broken."""
+    def survivors(self, stage: Stage) -> list[int]:
+        """Rows of the chunk that are right and that no attack before the stage has broken."""
         clean = self.records[0].rows
         alive = clean["clean_correct"].to_numpy(dtype=bool).copy()
-        for record in self.records:
+        for record in self.given(stage):
             if record.meta.kind == "attack":
                 alive &= ~broken(record.rows).to_numpy(dtype=bool)
         return [int(row) for row in np.flatnonzero(alive)]
@@ -428,7 +440,7 @@ def _traces(chain: Chain, stage: Stage) -> _Result:
     if not isinstance(subject.model, EquilibriumClassifier):
         return _Result(trace_frame([]))
     try:
-        rows = trace_rows(subject.model, chain.chunk.x, chain.records, subject.seed)
+        rows = trace_rows(subject.model, chain.chunk.x, chain.given(stage), subject.seed)
     # They decide nothing, so that a row must not fail with them.
     except Exception as cause:
         return _Result(trace_frame([]), notes=(sentence(cause),))
@@ -438,7 +450,7 @@ def _traces(chain: Chain, stage: Stage) -> _Result:
 def _attack(chain: Chain, stage: Stage) -> _Result:
     subject, chunk = chain.subject, chain.chunk
     assert stage.plugin is not None
-    rows = chain.survivors() if stage.scope is Scope.SURVIVORS else list(range(len(chunk.y)))
+    rows = chain.survivors(stage) if stage.scope is Scope.SURVIVORS else list(range(len(chunk.y)))
     x_adv = chunk.x.clone()
     made_by = [""] * len(chunk.y)
     own: tuple[str, ...] = ()

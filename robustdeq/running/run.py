@@ -84,18 +84,29 @@ class Tick:
 
 @dataclass(eq=False)
 class _Row:
-    """A case on its way: what its chunks have given so far."""
+    """A case on its way: what its chunks have given so far.
+
+    Attributes:
+        keys: of the records of a chunk, by the label of their stage.
+        order: the places of a chunk's stages.
+    """
 
     case: Case
     n: int
     chunks: int
     described: dict[str, Any]
-    keys: dict[int, list[str]] = field(default_factory=dict)
+    keys: dict[int, dict[str, str]] = field(default_factory=dict)
+    order: dict[int, dict[str, int]] = field(default_factory=dict)
     expected: dict[int, tuple[str, ...]] = field(default_factory=dict)
     about: dict[str, str] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
     open: int = 0
     verdict: Verdict | None = None
+
+    def listed(self, number: int) -> list[str]:
+        """The keys of a chunk's records in the order of the suite, in whatever order they came."""
+        held, order = self.keys.get(number, {}), self.order.get(number, {})
+        return [held[label] for label in sorted(held, key=lambda label: order.get(label, -1))]
 
     def judged(self, read: Callable[[str], Record | None]) -> Verdict:
         """The verdict, kept once all chunks are closed."""
@@ -106,7 +117,7 @@ class _Row:
         return self.verdict
 
     def evidence(self, read: Callable[[str], Record | None]) -> Evidence:
-        held = [read(key) for number in sorted(self.keys) for key in self.keys[number]]
+        held = [read(key) for number in sorted(self.keys) for key in self.listed(number)]
         return Evidence(
             case=self.described,
             chunks=self.chunks,
@@ -230,7 +241,7 @@ class _Running:
     def _others(self, task: Task) -> tuple[tuple[str, tuple[str, ...]], ...]:
         own = self.rows[task.row].case
         found = (
-            (row.case.entry.id, tuple(row.keys.get(task.number, ())))
+            (row.case.entry.id, tuple(row.listed(task.number)))
             for index, row in enumerate(self.rows)
             if index != task.row
             and (row.case.dataset, row.case.threat) == (own.dataset, own.threat)
@@ -269,6 +280,8 @@ class _Running:
         row.described = dict(plan.case)
         row.about = dict(plan.about)
         row.expected[task.number] = plan.labels
+        steps = sorted(plan.steps, key=lambda step: step.phase)
+        row.order[task.number] = {step.label: place for place, step in enumerate(steps)}
         self.totals[task.row, task.number] = len(plan.labels) + self.extra + 2 * (task.number == 0)
 
     def _take(self, message: Message) -> None:
@@ -277,7 +290,7 @@ class _Running:
             self._planned(message.task, item)
             return
         if item.kind in ("computed", "resumed"):
-            row.keys.setdefault(message.task.number, []).append(item.key)
+            row.keys.setdefault(message.task.number, {})[item.label] = item.key
             self.done += 1
         elif item.kind == "failed":
             row.failures.append(Failure(item.label, message.task.number, item.reason))
@@ -362,7 +375,7 @@ class _Running:
                     "plugin": self._plugin(row.case),
                     "chunks": row.chunks,
                     "expected": {str(k): list(v) for k, v in sorted(row.expected.items())},
-                    "records": {str(k): v for k, v in sorted(row.keys.items())},
+                    "records": {str(k): row.listed(k) for k in sorted(row.keys)},
                     "failures": [asdict(f) for f in row.failures],
                 }
                 for row in self.rows
