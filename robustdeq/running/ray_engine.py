@@ -10,8 +10,10 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import signal
 import socket
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -85,6 +87,7 @@ def _join(cluster: Cluster, workers: int | None) -> None:
         options |= {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
         options |= {"num_cpus": workers, "object_store_memory": _OBJECT_STORE}
         os.environ.setdefault("RAY_worker_niceness", "0")  # as the local engine's processes
+    before = signal.getsignal(signal.SIGTERM)
     try:
         _knock(cluster.address)
         ray.init(**options)
@@ -94,6 +97,10 @@ def _join(cluster: Cluster, workers: int | None) -> None:
             f"there is no Ray cluster {where} ({sentence(cause)}); start one with 'ray start', or "
             "leave --address out."
         ) from cause
+    finally:
+        # Ray puts a handler of its own in place of the run's, which ends it well.
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _knock(address: str | None) -> None:
