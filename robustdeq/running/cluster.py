@@ -25,9 +25,12 @@ class Cluster:
     task_memory: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.task_gpus <= 1 and self.task_gpus != int(self.task_gpus):
-            raise UsageError(f"--task-gpus is {self.task_gpus:g}; give 0 to 1, or a whole number.")
-        if not self.task_memory > 0:
+        share = 0 < self.task_gpus <= 1
+        if not share and not (self.task_gpus > 1 and float(self.task_gpus).is_integer()):
+            raise UsageError(
+                f"--task-gpus is {self.task_gpus:g}; give a share above 0, or a whole number."
+            )
+        if not 0 < self.task_memory < float("inf"):
             raise UsageError(f"--task-memory is {self.task_memory:g}; give GiB above 0.")
         if self.address is not None and self.address.startswith("ray://"):
             raise UsageError(

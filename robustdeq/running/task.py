@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from robustdeq.datasets import Slice, SliceIdentity
-from robustdeq.errors import CaseError
+from robustdeq.errors import CaseError, DamagedError
 from robustdeq.evaluation.chain import Chain, Event, Shelf, Step
 from robustdeq.evaluation.pools import row_pool
 from robustdeq.evaluation.stages import attack_stages
@@ -151,7 +151,10 @@ class _ReadOnly(Store):
     """A store for looking: what it lacks is not to be computed."""
 
     def read(self, key: str) -> Record:
-        record = super().read(key)
+        try:
+            record = super().read(key)
+        except DamagedError as damage:
+            raise CaseError(str(damage)) from damage  # the chain would compute in its place
         if record is None:
             raise CaseError(f"record {key} does not exist.")
         return record
