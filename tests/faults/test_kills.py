@@ -69,7 +69,7 @@ def test_an_interrupted_run_says_how_to_go_on(
 ) -> None:
     out = tmp_path / "out"
     arguments = ["run", str(SUITE), "--out", str(out), "--workers", "2"]
-    command = [sys.executable, "-c", "from robustdeq.cli import main; main()", *arguments]
+    command = [sys.executable, "-P", "-c", "from robustdeq.cli import main; main()", *arguments]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     folder, deadline = out / "small" / "records", time.monotonic() + 120
     while len(list(folder.glob("[!.]*.parquet"))) < 3:

@@ -21,7 +21,7 @@ set -e
 mount -t tmpfs -o size={size} none {place}
 {before}
 set +e
-{python} -c 'from robustdeq.cli import main; main()' run {suite} --workers 2 --out {place}/out \\
+{python} -P -c 'from robustdeq.cli import main; main()' run {suite} --workers 2 --out {place}/out \\
     2> {place}.err > {place}.out &
 {during}
 wait $!; echo $? > {place}.rc
