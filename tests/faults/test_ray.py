@@ -199,7 +199,7 @@ def test_the_command_line_starts_it(tmp_path: Path) -> None:
         str(tmp_path),
         "--samples",
     ]
-    options = ["10", "--engine", "ray", "--workers", "1", "--task-memory", "0.25"]
+    options = ["--samples", "10", "--engine", "ray", "--workers", "1", "--task-memory", "0.25"]
     done = subprocess.run(
         [*command, *options], capture_output=True, text=True, timeout=300, check=False
     )
