@@ -8,6 +8,7 @@ missing leaves no robust accuracy at all: what was not attacked is never counted
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
@@ -19,7 +20,9 @@ from robustdeq.records import Record, broken
 from robustdeq.statistics import wilson
 
 OUT_OF_MEMORY = "out of memory"
-"""How a note begins that says so; it moves no figure, so that it is no flag."""
+"""How a note begins that says so."""
+_HALVED = re.compile(rf"{OUT_OF_MEMORY} at \d+ rows a pass, went on with \d+")
+"""What the chain itself notes: no flag, since it moves no figure; what an attack notes is one."""
 ENGINE_LEFT_OUT = "joint engine left out"
 """How the note begins where the reference ran in place of the joint engine."""
 DOUBT_GAIN = 0.02
@@ -330,7 +333,7 @@ def _flags(
     flags = ["randomized"] if verdict.track == "randomized" else []
     flags += _check_flags(joined(evidence, "checks"))
     notes = (note for r in records_of(evidence, "attack") for note in r.meta.notes)
-    notes = (note for note in notes if not note.startswith(OUT_OF_MEMORY))
+    notes = (note for note in notes if not _HALVED.fullmatch(note))
     flags += [f"left_out:{note}" for note in dict.fromkeys(notes)]
     for label, rows in attacks.items():
         flags += [

@@ -142,7 +142,7 @@ class Chain:
     Attributes:
         pools: what other rows found for these samples, once all have been through phase 1.
         abandoned: stages that are left out because they failed before, with the reason.
-        records: what there is by now, the clean one first; `found` has it by label.
+        records: what there is by now, the clean one first.
     """
 
     subject: Subject
@@ -153,7 +153,6 @@ class Chain:
     curves: Curves | None = None
     abandoned: dict[str, str] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
-    found: dict[str, Record] = field(default_factory=dict)
     order: list[Stage] = field(default_factory=list)
 
     def run(self, phase: int = 1) -> Iterator[Event]:
@@ -180,7 +179,6 @@ class Chain:
             CaseError: if one of them is not, or the clean predictions cannot be had.
         """
         self.records.clear()
-        self.found.clear()
         clean = self._stage(CLEAN, fatal=True)
         if label == CLEAN.label:
             yield from clean
@@ -218,7 +216,8 @@ class Chain:
         """The records that decide what a stage is given, whatever else has been computed by now."""
         if stage.kind == "clean":
             return []
-        needed = [self.found.get(before.label) for before in self._needs(stage)]
+        found = {record.meta.label: record for record in self.records}
+        needed = [found.get(before.label) for before in self._needs(stage)]
         return [self.records[0], *(record for record in needed if record is not None)]
 
     def planned(self, track: str) -> list[Stage]:
@@ -236,11 +235,7 @@ class Chain:
                 f"the record of {stage.label} is gone or damaged; give the same command again, "
                 "which computes it anew."
             )
-        self._keep(held)
-
-    def _keep(self, record: Record) -> None:
-        self.records.append(record)
-        self.found[record.meta.label] = record
+        self.records.append(held)
 
     def _stage(self, stage: Stage, fatal: bool = False) -> Iterator[Event]:
         if stage.label in self.abandoned:
@@ -254,7 +249,7 @@ class Chain:
             reason = f"{damage.path} is damaged ({damage.cause}); it is computed again"
             yield Event("damaged", stage.label, key, reason)
         if held is not None:
-            self._keep(held)
+            self.records.append(held)
             yield Event("resumed", stage.label, key)
             return
         yield Event("started", stage.label, key)
@@ -269,7 +264,7 @@ class Chain:
             yield Event("failed", stage.label, key, sentence(cause))
             return
         self.shelf.write(record)
-        self._keep(record)
+        self.records.append(record)
         yield Event("computed", stage.label, key)
 
     def _within_memory(self, stage: Stage, key: str, consumed: tuple[str, ...]) -> Record:

@@ -167,7 +167,7 @@ def alone_in_run(folder: Path) -> Iterator[Run]:
     Raises:
         UsageError: see `open_run`; or a run is at work in the folder.
     """
-    open_run(folder)  # what is no run has a better sentence than what cannot be locked
+    read_index(folder)  # what is no run has a better sentence than what cannot be locked
     with alone_in(folder):
         yield open_run(folder)
 

@@ -351,6 +351,8 @@ class _Running:
         return str(provider("defense", case.entry.defense))
 
     def _publish_curves(self) -> None:
+        if self.suite.curves is None:
+            return
         evidences = [row.evidence(self.store.summary) for row in self.rows]
         table = curves_table(evidences)
         if len(table):

@@ -13,7 +13,7 @@ from robustdeq.datasets import Slice, SliceIdentity
 from robustdeq.errors import CaseError, DamagedError
 from robustdeq.evaluation.chain import Chain, Event, Shelf, Step
 from robustdeq.evaluation.pools import row_pool
-from robustdeq.evaluation.stages import attack_stages
+from robustdeq.evaluation.stages import CLEAN, attack_stages
 from robustdeq.evaluation.subject import Source, build_subject, chunk_of
 from robustdeq.interfaces import Kind, about_of
 from robustdeq.records import Record, Store
@@ -114,7 +114,7 @@ def chain_of(task: Task, shelf: Shelf) -> Chain:
 
 def events(chain: Chain, task: Task, label: str = "") -> Iterator[Event | Plan]:
     """What a chain says of one stage, or of all of the task's phase; its plan after the first."""
-    planned = task.phase > 1  # what is planned was said in phase 1
+    planned = task.phase > 1 or label not in ("", CLEAN.label)  # it was said with the clean stage
     for event in chain.only(label) if label else chain.run(task.phase):
         yield event
         if chain.records and not planned and event.kind in ("computed", "resumed"):
