@@ -13,10 +13,9 @@ import torch
 
 from robustdeq.errors import StorageError
 from robustdeq.evaluation.chain import Event
-from robustdeq.running.process import ChunkProcess, is_fatal
+from robustdeq.running.process import PATIENCE_SECONDS, ChunkProcess, is_fatal
 from robustdeq.running.task import Message, Plan, Task, held_events
 
-_PATIENCE_SECONDS = 5.0
 _MARKS = {"started": "started", "damaged": "damaged"}
 """What is said of a stage before it is over."""
 
@@ -87,10 +86,8 @@ class Local:
 
     def _pause(self, running: dict[Any, _Job]) -> float | None:
         """Seconds until the next stage is overdue."""
-        if self.timeout is None:
-            return None
-        ends = [job.process.since + self.timeout for job in running.values()]
-        return max(0.0, min(ends, default=0.0) - time.monotonic()) + 0.01
+        left = (job.process.left(self.timeout) for job in running.values())
+        return min((seconds for seconds in left if seconds is not None), default=None)
 
 
 @dataclass(eq=False)
@@ -102,7 +99,7 @@ class _Job:
     finished: bool = False
 
     def start(self) -> ChunkProcess:
-        self.process = ChunkProcess(self.task)
+        self.process = ChunkProcess()
         self.process.begin(self.task)
         return self.process
 
@@ -110,7 +107,7 @@ class _Job:
         for item in self.process.read():
             yield from self._pass_on(item)
         if self.process.ended and not self.finished:
-            yield from self.give_up(self.process.death())
+            yield from self.give_up(self.process.lost(self.process.death()))
 
     def _pass_on(self, item: Event | Plan) -> Iterator[Message]:
         if item == Event("finished", ""):
@@ -130,26 +127,23 @@ class _Job:
 
     def watch(self, timeout: float | None) -> Iterator[Message]:
         """End the process if its stage is overdue."""
-        overdue = timeout is not None and time.monotonic() - self.process.since > timeout
-        if overdue and not self.process.ended:
-            self.process.kill()
-            yield from self.give_up(f"it took longer than --timeout {timeout:g} s")
+        if self.process.left(timeout) == 0 and not self.process.ended:
+            yield from self.give_up(self.process.overdue(timeout))
 
-    def give_up(self, reason: str) -> Iterator[Message]:
-        """The stage at hand has failed; the task goes on without it where it can."""
-        stage = self.process.stage
-        yield Message(self.task, Event("failed", stage.label, stage.key, reason))
-        if is_fatal(stage):
+    def give_up(self, failed: Event) -> Iterator[Message]:
+        """The task goes on without the stage where it can."""
+        yield Message(self.task, failed)
+        if is_fatal(failed):
             self.finished = True
             yield Message(self.task, Event("finished", ""))
         else:
-            self.task = self.task.without(stage.label, reason)
+            self.task = self.task.without(failed.label, failed.reason)
 
 
 def _end(processes: list[ChunkProcess]) -> None:
     """Softly at first: a record that is being written is written to its end."""
     for process in processes:
         process.end_softly()
-    deadline = time.monotonic() + _PATIENCE_SECONDS
+    deadline = time.monotonic() + PATIENCE_SECONDS
     for process in processes:
         process.kill(max(0.0, deadline - time.monotonic()))

@@ -35,7 +35,7 @@ from robustdeq.running.task import Plan, Task, chain_of, events
 _SAFE_PATH = "PYTHONSAFEPATH"
 IDLE_SECONDS = 5.0
 """How long a process waits for another order before it ends."""
-_PATIENCE_SECONDS = 5.0
+PATIENCE_SECONDS = 5.0
 """How long a process that is asked to end may finish what it writes."""
 
 
@@ -80,10 +80,16 @@ class Depot(Protocol):
 
 
 class ChunkProcess:
-    """The parent's end. `read` never blocks for longer than an item is on its way."""
+    """The parent's end. `read` never blocks for longer than an item is on its way.
 
-    def __init__(self, task: Task, depot: Depot | None = None, scratch: Path | None = None) -> None:
-        self.task, self.depot = task, depot
+    Attributes:
+        stage: the one at hand, as the event that said so; an empty one between stages.
+        since: when it last said something, on the monotonic clock.
+        ended: whether it has died or been ended.
+    """
+
+    def __init__(self, depot: Depot | None = None, scratch: Path | None = None) -> None:
+        self.depot = depot
         context = _context()
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(  # type: ignore[attr-defined]
@@ -98,7 +104,7 @@ class ChunkProcess:
         self, task: Task, label: str = "", environment: tuple[tuple[str, str], ...] = ()
     ) -> None:
         """Order one stage, or all of the task's phase."""
-        self.task, self.since = task, time.monotonic()
+        self.since = time.monotonic()
         with suppress(OSError):  # a process that has died says so in `read`
             self.pipe.send(_Order(task, label, environment))
 
@@ -126,6 +132,19 @@ class ChunkProcess:
         with suppress(OSError):
             self.pipe.send(answer)
 
+    def left(self, timeout: float | None) -> float | None:
+        """Seconds until the stage at hand is overdue, 0 where it is; None for no limit."""
+        return None if timeout is None else max(0.0, timeout + self.since - time.monotonic())
+
+    def overdue(self, timeout: float | None) -> Event:
+        """End the process; the failure of the stage that took too long."""
+        self.kill()
+        return self.lost(f"it took longer than --timeout {timeout:g} s")
+
+    def lost(self, reason: str) -> Event:
+        """The failure of the stage at hand."""
+        return Event("failed", self.stage.label, self.stage.key, reason)
+
     def death(self) -> str:
         """Why the process ended, in words."""
         code = self.process.exitcode
@@ -143,7 +162,7 @@ class ChunkProcess:
     def hang_up(self) -> None:
         """There is nothing more to do."""
         self.pipe.close()
-        self.kill(_PATIENCE_SECONDS)
+        self.kill(PATIENCE_SECONDS)
 
     def kill(self, patience: float = 0.0) -> None:
         """End the process and all that it has started, after so many seconds."""
@@ -315,7 +334,7 @@ def _end_with_parent() -> None:
     if parent is None:
         return
     wait([parent.sentinel])
-    _WRITING.lock.acquire(timeout=_PATIENCE_SECONDS)
+    _WRITING.lock.acquire(timeout=PATIENCE_SECONDS)
     with suppress(OSError):
         os.killpg(0, signal.SIGKILL)
     os._exit(1)

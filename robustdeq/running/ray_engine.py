@@ -166,7 +166,7 @@ class RayEngine:
             held = held_events(task)
             if held is None:
                 graph = ChunkGraph(task)
-                graph.plan(self.steps.get((task.row, task.number), ()) if task.phase > 1 else ())
+                graph.plan(self.steps.get((task.row, task.number), ()))
                 graphs.append(graph)
                 continue
             for item in [*held, Event("finished", "")]:
@@ -234,7 +234,7 @@ class _Campaign:
 
     def _submit(self, graph: ChunkGraph, label: str) -> Any:
         task, weights = self._parcel(graph)
-        order = _Order(
+        order = _Errand(
             self.engine.run_id, label, graph.task.abandoned, self.engine.timeout, _expected()
         )
         return self.compute.remote(task, weights, order, self.depot)
@@ -312,7 +312,7 @@ class _Depot:
 
 
 @dataclass(frozen=True)
-class _Order:
+class _Errand:
     """A stage to compute, and what the driver expects of the node that does it."""
 
     run_id: str
@@ -365,7 +365,7 @@ def _drop_processes() -> None:
 
 
 def _compute(
-    task: Task, weights: tuple[str, bytes] | None, order: _Order, depot: Any
+    task: Task, weights: tuple[str, bytes] | None, order: _Errand, depot: Any
 ) -> list[Event | Plan]:
     """One stage of one chunk, in a process of its own; what it has said, for the driver.
 
@@ -377,7 +377,7 @@ def _compute(
     if not (_kept and _kept[0].usable(chunk)):
         _drop_processes()
         scratch = Path(tempfile.mkdtemp(prefix="robustdeq-"))
-        _kept.append(_Kept(chunk, ChunkProcess(task, _Actor(depot), scratch), scratch))
+        _kept.append(_Kept(chunk, ChunkProcess(_Actor(depot), scratch), scratch))
     kept = _kept[0]
     task = replace(_placed(task, weights, kept.scratch), abandoned=order.abandoned)
     try:
@@ -389,26 +389,19 @@ def _compute(
         raise
 
 
-def _watched(process: ChunkProcess, task: Task, order: _Order) -> list[Event | Plan]:
+def _watched(process: ChunkProcess, task: Task, order: _Errand) -> list[Event | Plan]:
     process.begin(task, order.label, _visible())
     items: list[Event | Plan] = []
     while True:
-        left = None if order.timeout is None else order.timeout + process.since - time.monotonic()
-        if not process.pipe.poll(None if left is None else max(left, 0.0)):
-            process.kill()
-            assert order.timeout is not None
-            return [*items, _lost(process, f"it took longer than --timeout {order.timeout:g} s")]
+        if not process.pipe.poll(process.left(order.timeout)):
+            return [*items, process.overdue(order.timeout)]
         for item in process.read():
             if item == Event("finished", ""):
                 return items
             if isinstance(item, Plan) or item.kind != "started":
                 items.append(item)
         if process.ended:
-            return [*items, _lost(process, process.death())]
-
-
-def _lost(process: ChunkProcess, reason: str) -> Event:
-    return Event("failed", process.stage.label, process.stage.key, reason)
+            return [*items, process.lost(process.death())]
 
 
 def _visible() -> tuple[tuple[str, str], ...]:
@@ -436,7 +429,7 @@ def _placed(task: Task, weights: tuple[str, bytes] | None, folder: Path) -> Task
     own = folder / name
     try:
         held = task.source.find(task.case.entry.weights)
-        if own != held and file_sha256(held) == task.case.entry.sha256:
+        if file_sha256(held) == task.case.entry.sha256:
             return task
     except (CaseError, OSError):
         pass

@@ -13,7 +13,7 @@ import torch
 
 import robustdeq
 from robustdeq.datasets import Slice, load_slice
-from robustdeq.errors import UsageError
+from robustdeq.errors import StorageError, UsageError
 from robustdeq.evaluation.provenance import core_digest, environment, machine
 from robustdeq.evaluation.stages import attack_stages
 from robustdeq.evaluation.subject import (
@@ -108,7 +108,7 @@ class _Row:
         held, order = self.keys.get(number, {}), self.order.get(number, {})
         return [held[label] for label in sorted(held, key=lambda label: order.get(label, -1))]
 
-    def judged(self, read: Callable[[str], Record | None]) -> Verdict:
+    def judged(self, read: Callable[[str], Record]) -> Verdict:
         """The verdict, kept once all chunks are closed."""
         if self.open:
             return judge_evidence(self.evidence(read))
@@ -116,13 +116,13 @@ class _Row:
             self.verdict = judge_evidence(self.evidence(read))
         return self.verdict
 
-    def evidence(self, read: Callable[[str], Record | None]) -> Evidence:
-        held = [read(key) for number in sorted(self.keys) for key in self.listed(number)]
+    def evidence(self, read: Callable[[str], Record]) -> Evidence:
+        held = (read(key) for number in sorted(self.keys) for key in self.listed(number))
         return Evidence(
             case=self.described,
             chunks=self.chunks,
             expected=self.expected,
-            records=tuple(record for record in held if record is not None),
+            records=tuple(held),
             failures=tuple(self.failures),
         )
 
@@ -220,8 +220,12 @@ class _Running:
                 self._take(message)
             for message in self.engine.run(self._second_phase()):
                 self._take(message)
-        finally:
+        except StorageError:
+            raise  # there is nowhere to publish to
+        except BaseException:
             self._publish()
+            raise
+        self._publish()
 
     def _second_phase(self) -> list[Task]:
         """Tasks of the attacks that consume what the other rows of their group have found."""
@@ -303,7 +307,7 @@ class _Running:
         self._tell(f"{row.case.entry.id} {item.label}".strip(), note=note)
 
     def _close(self, row: _Row) -> None:
-        verdict = row.judged(self.store.summary)
+        verdict = row.judged(self.store.listed)
         self._publish()
         self._tell(row.case.entry.id, verdict)
 
@@ -312,7 +316,7 @@ class _Running:
         self.tick(Tick(self.done, total, label, verdict, note))
 
     def _publish(self) -> None:
-        self.verdicts = [row.judged(self.store.summary) for row in self.rows]
+        self.verdicts = [row.judged(self.store.listed) for row in self.rows]
         write_index(self.folder, added(self.folder, self._provenance()))
         self._count_submissions()
         write_tables(self.folder, self.suite.name, self.verdicts)
@@ -353,7 +357,7 @@ class _Running:
     def _publish_curves(self) -> None:
         if self.suite.curves is None:
             return
-        evidences = [row.evidence(self.store.summary) for row in self.rows]
+        evidences = [row.evidence(self.store.listed) for row in self.rows]
         table = curves_table(evidences)
         if len(table):
             write_atomically(self.folder / "curves.csv", to_csv(table).encode())
