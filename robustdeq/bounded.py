@@ -12,7 +12,8 @@ import math
 import re
 import struct
 import tomllib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -96,16 +97,8 @@ def parse_json(payload: bytes | str) -> Any:
     text = _text(payload)
     if sum(text.count(begin) for begin in _BEGINS) > MOST_CONTAINERS:
         raise BoundError(f"holds more than {MOST_CONTAINERS} lists and objects")
-    try:
-        data = json.loads(text, object_pairs_hook=_once, parse_constant=_constant)
-    except BoundError:
-        raise
-    except RecursionError as cause:
-        raise BoundError(f"is nested deeper than {DEEPEST} levels") from cause
-    except ValueError as cause:
-        raise BoundError(f"is not JSON ({_why(cause)})") from cause
-    check_tree(data)
-    return data
+    parse = partial(json.loads, object_pairs_hook=_once, parse_constant=_constant)
+    return _tree(parse, text, "is not JSON")
 
 
 def parse_toml(payload: bytes | str) -> dict[str, Any]:
@@ -116,15 +109,7 @@ def parse_toml(payload: bytes | str) -> dict[str, Any]:
     """
     if len(payload) > LARGEST_TOML:
         raise BoundError(f"is larger than the {LARGEST_TOML} bytes that it may have")
-    try:
-        data = tomllib.loads(_text(payload))
-    except BoundError:
-        raise
-    except RecursionError as cause:
-        raise BoundError(f"is nested deeper than {DEEPEST} levels") from cause
-    except ValueError as cause:
-        raise BoundError(f"is not valid TOML ({_why(cause)})") from cause
-    check_tree(data)
+    data: dict[str, Any] = _tree(tomllib.loads, _text(payload), "is not valid TOML")
     return data
 
 
@@ -253,6 +238,19 @@ def _check_metadata(held: Any) -> None:
         raise BoundError("has metadata that are no texts by name")
     if sum(len(name) + len(text) for name, text in held.items()) > LARGEST_METADATA:
         raise BoundError(f"has metadata of more than {LARGEST_METADATA} bytes")
+
+
+def _tree(parse: Callable[[str], Any], text: str, otherwise: str) -> Any:
+    try:
+        data = parse(text)
+    except BoundError:
+        raise
+    except RecursionError as cause:
+        raise BoundError(f"is nested deeper than {DEEPEST} levels") from cause
+    except ValueError as cause:
+        raise BoundError(f"{otherwise} ({_why(cause)})") from cause
+    check_tree(data)
+    return data
 
 
 def _text(payload: bytes | str) -> str:
