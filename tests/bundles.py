@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
+from shipped_rows import EQUILIBRIUM
+from shipped_rows import PLAIN as PLAIN_ROW
 
 from robustdeq.datasets import load_slice
 from robustdeq.evidence.bundle import MANIFEST, BundleRow, read_bundle, sealed
@@ -36,16 +38,8 @@ samples = 8
 [[attacks]]
 attack = "pgd"
 parameters = { steps = 1 }
-[[defenses]]
-id = "Plain"
-defense = "feedforward"
-parameters = { width = 96, inner = 96 }
-weights = "digits-feedforward-clean.safetensors"
-[[defenses]]
-id = "Equilibrium"
-defense = "deq"
-parameters = { width = 96, inner = 96, gain = 0.8 }
-weights = "digits-deq-clean.safetensors"
+"""
+NOISY = """
 [[defenses]]
 id = "Noisy/../row"
 defense = "noisy"
@@ -118,7 +112,8 @@ def finished_run(factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("PYTHONPATH", str(_DONE["plugins"]))
         if "run" not in _DONE:
             out = factory.mktemp("out")
-            run_suite(parse_suite(SUITE, "small", None), Options(out=out, workers=1))
+            rows = PLAIN_ROW + EQUILIBRIUM + NOISY
+            run_suite(parse_suite(SUITE + rows, "small", None), Options(out=out, workers=1))
             bundle_again(out / "small")
             _DONE["run"] = out / "small"
         yield _DONE["run"]

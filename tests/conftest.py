@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from bundles import finished_run
 from hypothesis import settings
 from torch import Tensor
 from toys import Linear, ToyEquilibrium
@@ -51,3 +54,22 @@ def linear_data(linear: Linear) -> tuple[Tensor, Tensor]:
     """Images well inside the box, labelled by the model: clean accuracy 1."""
     x = 0.3 + 0.4 * torch.rand(24, 1, 8, 8, generator=torch.Generator().manual_seed(2))
     return x, linear(x).argmax(1).detach()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of a finished run with its bundle, to be read."""
+    yield from finished_run(tmp_path_factory)
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, to be changed."""
+    shutil.copytree(finished, tmp_path / "small")
+    return tmp_path / "small"
+
+
+@pytest.fixture
+def bundle(run: Path) -> Path:
+    """The bundle of that copy."""
+    return run / "bundle"

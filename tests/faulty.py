@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from shipped_rows import EQUILIBRIUM, PLAIN
 
 from robustdeq.records import Record, Store
 from robustdeq.running.run import Options, run_suite
@@ -26,24 +27,15 @@ chunk = 10
 name = "digits"
 samples = 20
 """
-ROWS = """
+ATTACKS = """
 [[attacks]]
 attack = "pgd"
 parameters = { steps = 3 }
 [[attacks]]
 attack = "square"
 parameters = { queries = 20 }
-[[defenses]]
-id = "Plain"
-defense = "feedforward"
-parameters = { width = 96, inner = 96 }
-weights = "digits-feedforward-clean.safetensors"
-[[defenses]]
-id = "Equilibrium"
-defense = "deq"
-parameters = { width = 96, inner = 96, gain = 0.8 }
-weights = "digits-deq-clean.safetensors"
 """
+ROWS = ATTACKS + PLAIN + EQUILIBRIUM
 COSTS = ["seconds", "forward_nfe", "backward_nfe"]
 SCRIPT = """
 import sys

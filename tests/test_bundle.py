@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from bundles import (
     SAMPLES,
     bundle_again,
     clean_images,
-    finished_run,
     held_examples,
     plain,
     replace_examples,
@@ -36,23 +35,6 @@ from robustdeq.evidence.bundling import Parts, write_bundle
 from robustdeq.evidence.verify import verify_bundle
 from robustdeq.keys import file_sha256
 from robustdeq.reporting.run import read_index, read_run, write_index
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    yield from finished_run(tmp_path_factory)
-
-
-@pytest.fixture
-def run(finished: Path, tmp_path: Path) -> Path:
-    """A copy of the finished run, to be changed."""
-    shutil.copytree(finished, tmp_path / "small")
-    return tmp_path / "small"
-
-
-@pytest.fixture
-def bundle(run: Path) -> Path:
-    return run / "bundle"
 
 
 def test_the_bundle_holds_the_examples_of_the_records(finished: Path) -> None:

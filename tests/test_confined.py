@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from bundles import PLUGIN, finished_run, held_examples, rewrite, row_of, whys, write_plugin
+from bundles import PLUGIN, held_examples, rewrite, row_of, whys, write_plugin
 from safetensors.numpy import save_file
 from terminal import command
 
@@ -26,11 +25,6 @@ NOISY = "Noisy/../row"
 TRUST = Setting(allow_plugins=True, device="cpu")
 LIMITS = Limits(minutes=2, memory=4)
 BUILD = "        return Net(self.noise).to(device)\n"
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    yield from finished_run(tmp_path_factory)
 
 
 def verified(folder: Path, limits: Limits = LIMITS) -> Report:

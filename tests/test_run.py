@@ -14,6 +14,7 @@ from pathlib import Path
 import acme
 import pandas as pd
 import pytest
+from shipped_rows import EQUILIBRIUM, PLAIN
 
 from robustdeq.reporting.formats import render
 from robustdeq.reporting.run import read_run
@@ -34,18 +35,7 @@ attack = "pgd"
 parameters = { steps = 5 }
 gradients = ["honest", "unrolled(3)"]
 """
-ROWS = """
-[[defenses]]
-id = "Plain"
-defense = "feedforward"
-parameters = { width = 96, inner = 96 }
-weights = "digits-feedforward-clean.safetensors"
-[[defenses]]
-id = "Equilibrium"
-defense = "deq"
-parameters = { width = 96, inner = 96, gain = 0.8 }
-weights = "digits-deq-clean.safetensors"
-"""
+ROWS = PLAIN + EQUILIBRIUM
 
 
 def suite(text: str = HEAD + ROWS) -> Suite:

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from bundles import finished_run, plain, rewrite, row_of, whys
+from bundles import plain, rewrite, row_of, whys
 from terminal import command
 
 from robustdeq.errors import CaseError, UsageError
@@ -28,17 +28,6 @@ ROOT = Path(__file__).resolve().parent.parent
 checkout = pytest.mark.skipif(
     not (ROOT / "SECURITY.md").is_file(), reason="needs the checkout, not the wheel alone"
 )
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    yield from finished_run(tmp_path_factory)
-
-
-@pytest.fixture
-def run(finished: Path, tmp_path: Path) -> Path:
-    shutil.copytree(finished, tmp_path / "small")
-    return tmp_path / "small"
 
 
 @checkout

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ from bundles import (
     TRUST,
     bundle_again,
     clean_images,
-    finished_run,
     held_examples,
     plain,
     replace_examples,
@@ -38,24 +36,6 @@ from robustdeq.keys import canonical
 from robustdeq.locks import alone_in
 from robustdeq.reporting.run import read_index, read_run, write_index
 from robustdeq.suite import AttackEntry
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    yield from finished_run(tmp_path_factory)
-
-
-@pytest.fixture
-def run(finished: Path, tmp_path: Path) -> Path:
-    """A copy of the finished run, to be changed."""
-    shutil.copytree(finished, tmp_path / "small")
-    return tmp_path / "small"
-
-
-@pytest.fixture
-def bundle(run: Path) -> Path:
-    return run / "bundle"
-
 
 STRONG = AttackEntry(attack="pgd", parameters={"steps": 30, "loss": "margin"})
 

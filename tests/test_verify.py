@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from bundles import (
     SAMPLES,
     TRUST,
     clean_images,
-    finished_run,
     held_examples,
     plain,
     replace_examples,
@@ -36,23 +34,6 @@ from robustdeq.evidence.verify import verify_bundle
 from robustdeq.keys import file_sha256
 from robustdeq.records import Store
 from robustdeq.reporting.run import read_run
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    yield from finished_run(tmp_path_factory)
-
-
-@pytest.fixture
-def run(finished: Path, tmp_path: Path) -> Path:
-    """A copy of the finished run, to be changed."""
-    shutil.copytree(finished, tmp_path / "small")
-    return tmp_path / "small"
-
-
-@pytest.fixture
-def bundle(run: Path) -> Path:
-    return run / "bundle"
 
 
 def test_an_honest_bundle_holds_on_another_batch_size(finished: Path) -> None:

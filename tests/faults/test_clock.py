@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from shipped_rows import EQUILIBRIUM
+
 import robustdeq
 from robustdeq.records import Record, Store
 
@@ -30,11 +32,6 @@ threats = ["Linf:3/16"]
 chunk = 5
 datasets = [{ name = "digits", samples = 10 }]
 attacks = [{ attack = "pgd", parameters = { steps = 3 } }]
-[[defenses]]
-id = "Equilibrium"
-defense = "deq"
-parameters = { width = 96, inner = 96, gain = 0.8 }
-weights = "digits-deq-clean.safetensors"
 """
 RUN = """
 import sys, time
@@ -57,7 +54,7 @@ def run(folder: Path, name: str, seed: int | None) -> dict[str, Record]:
     if seed is not None:
         # Every process of the run imports it: this one, the server that forks, and the workers.
         (place / "sitecustomize.py").write_text(JUMPS.format(seed=seed))
-    (place / "suite.toml").write_text(SUITE)
+    (place / "suite.toml").write_text(SUITE + EQUILIBRIUM)
     (place / "run.py").write_text(RUN)
     command = [sys.executable, place / "run.py", place / "suite.toml", folder / "out" / name]
     environment = {**os.environ, "PYTHONPATH": str(place)}

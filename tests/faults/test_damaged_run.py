@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
+from shipped_rows import PLAIN, ROBUST
 from terminal import command
 
 from robustdeq import load_model
@@ -38,16 +39,6 @@ chunk = 4
 datasets = [{ name = "digits", samples = 8 }]
 curves = { epsilons = [1.0], steps = [1], unbounded = false }
 attacks = [{ attack = "pgd", parameters = { steps = 1 } }]
-[[defenses]]
-id = "Plain"
-defense = "feedforward"
-parameters = { width = 96, inner = 96 }
-weights = "digits-feedforward-clean.safetensors"
-[[defenses]]
-id = "Robust"
-defense = "feedforward"
-parameters = { width = 96, inner = 96 }
-weights = "digits-feedforward-pgd_at.safetensors"
 """
 BY = "Ada"
 Damage = Callable[[Path, random.Random], None]
@@ -71,7 +62,9 @@ DAMAGES = pytest.mark.parametrize("damage", [flip, truncate])
 def go(out: Path, page: bool = False) -> list[str]:
     """Run the suite, if asked with figures and page; what it says of the files that it finds."""
     ticks: list[Tick] = []
-    run_suite(parse_suite(SUITE, "tiny", None), Options(out=out, workers=1), ticks.append)
+    run_suite(
+        parse_suite(SUITE + PLAIN + ROBUST, "tiny", None), Options(out=out, workers=1), ticks.append
+    )
     if page:
         publish(out / "tiny")
     return [tick.note for tick in ticks if tick.note]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from bundles import finished_run, whys
+from bundles import whys
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -93,11 +93,6 @@ DAMAGES = st.builds(
     | st.sampled_from([b"[" * 2000, b"9" * 5000, b"\0", b"\xff" * 8, b"{", b'"', b"../", b"\x1b"]),
     st.integers(1, 255),
 )
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    yield from finished_run(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
