@@ -20,7 +20,7 @@ from robustdeq.equilibrium import EquilibriumClassifier, metered
 from robustdeq.errors import CaseError, DamagedError, RobustDEQError, sentence
 from robustdeq.evaluation.curves import curve_rows
 from robustdeq.evaluation.gate import check, is_randomized, run_checks
-from robustdeq.evaluation.integrity import intact
+from robustdeq.evaluation.integrity import intact, unchanged
 from robustdeq.evaluation.judge import Judge, Judgment
 from robustdeq.evaluation.memory import is_out_of_memory, release
 from robustdeq.evaluation.pools import RowPool
@@ -473,7 +473,7 @@ def _candidates(chain: Chain, stage: Stage, rows: list[int]) -> Candidates:
     rng = SampleRandom(subject.seed, stage.label, indices)
     x, y = chunk.x[rows], chunk.y[rows]
     # Copies, so that an attack that writes into its arguments cannot move the clean inputs.
-    with intact("the attack"):
+    with intact("the attack"), unchanged(subject.model, "the attack"):
         found = stage.plugin.run(target, x.clone(), y.clone(), subject.threat, rng)
     candidates = found if isinstance(found, Candidates) else Candidates(found, ("",) * len(rows))
     if not isinstance(candidates.x, Tensor) or candidates.x.shape != x.shape:

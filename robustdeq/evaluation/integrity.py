@@ -1,13 +1,14 @@
-"""Torch as it was: a plugin that replaces its functions would judge itself, and others after it."""
+"""Torch and the model as they were: an attack that changes them would judge itself and others."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from robustdeq.errors import CaseError
 from robustdeq.evaluation.judge import Judge
@@ -31,6 +32,7 @@ _SETTERS: dict[str, Callable[[Any], Any]] = {
     "anomaly": torch.autograd.set_detect_anomaly,
     "benchmark": lambda on: setattr(torch.backends.cudnn, "benchmark", on),
 }
+_TABLES = ("_parameters", "_modules")
 _TORCH = Path(torch.__file__).parent
 _ABSENT = object()
 
@@ -55,6 +57,77 @@ def intact(who: str) -> Iterator[None]:
         raise CaseError(
             f"{who} has replaced {changed[0]}; leave torch as it is, and call what you need."
         )
+
+
+@contextmanager
+def unchanged(model: nn.Module, who: str) -> Iterator[None]:
+    """Undo what the block does to a model.
+
+    Its buffers, its hooks and what it remembers are set back in silence: a forward pass may change
+    them, as in train mode.
+
+    Raises:
+        CaseError: if weights, submodules or functions are others; the sentence begins with `who`.
+    """
+    modules = [(name or "model", module, _held(module)) for name, module in model.named_modules()]
+    classes = {type(module): _functions(type(module)) for _, module, _ in modules}
+    weights = [
+        (f"the weights {name}", p, p.detach().clone()) for name, p in model.named_parameters()
+    ]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        changed = [f"{name}.{k}" for name, *pair in modules for k in _put_back(*pair)]
+        changed += [f"{c.__name__}.{k}" for c, held in classes.items() for k in _restored(c, held)]
+        changed += [name for name, *pair in weights if _refilled(*pair)]
+        for pair in buffers:
+            _refilled(*pair)
+    if changed:
+        raise CaseError(f"{who} has changed {changed[0]} of the model; change a copy of it.")
+
+
+def _held(module: nn.Module) -> dict[str, tuple[Any, dict[str, Any] | None]]:
+    """A module's attributes, and of those that are tables (weights, submodules, hooks) a copy."""
+    return {
+        name: (value, dict(value) if isinstance(value, dict) else None)
+        for name, value in vars(module).items()
+    }
+
+
+def _put_back(
+    module: nn.Module, held: Mapping[str, tuple[Any, dict[str, Any] | None]]
+) -> list[str]:
+    """What decides the module's function and was another, once all is as before."""
+    now = vars(module)
+    changed = [name for name in _TABLES if _lacks(now.get(name, {}), held[name][1] or {})]
+    if now.get("forward") is not held.get("forward", (None, None))[0]:
+        changed.append("forward")
+    for name in now.keys() - held.keys():
+        del now[name]
+    for name, (value, table) in held.items():
+        now[name] = value
+        if table is not None and (len(value) != len(table) or _lacks(value, table)):
+            value.clear()
+            value.update(table)
+    return changed
+
+
+def _lacks(table: Mapping[str, Any], held: Mapping[str, Any]) -> bool:
+    """Whether something is gone or replaced; models may add to themselves in their first pass."""
+    return any(table.get(name) is not value for name, value in held.items())
+
+
+def _refilled(tensor: Tensor, held: Tensor) -> bool:
+    """Whether a tensor had other content, once it is as before."""
+    form = (tensor.shape, tensor.dtype, tensor.device) == (held.shape, held.dtype, held.device)
+    if form and torch.equal(tensor, held):
+        return False
+    if form:
+        tensor.data.copy_(held)  # in place: others may share it
+    else:
+        tensor.data = held
+    return True
 
 
 def _functions(owner: Any) -> dict[str, Any]:

@@ -35,6 +35,8 @@ def failed(verdicts: dict[str, Verdict], words: str) -> None:
         ("sys.exit", "SystemExit: enough"),
         ("abort", "ended by SIGABRT"),
         ("patch", "has replaced torch.Tensor.argmax"),
+        ("weights", "has changed the weights"),
+        ("class", ".__call__ of the model"),
     ],
 )
 def test_a_stage_that_fails_fails_alone(how: str, words: str, tmp_path: Path) -> None:
@@ -73,7 +75,7 @@ def _state(pid: int) -> str:
         return "Z"
 
 
-@pytest.mark.parametrize("how", ["fork", "settings"])
+@pytest.mark.parametrize("how", ["fork", "settings", "hook", "train mode"])
 def test_what_a_plugin_leaves_behind_moves_no_record(
     how: str, tmp_path: Path, honest: Path
 ) -> None:

@@ -45,6 +45,10 @@ class Trick:
             "flood": self._flood,
             "patch": _patch,
             "settings": _settings,
+            "weights": lambda: _weights(target),
+            "class": lambda: _class(target),
+            "train mode": lambda: _train(target, x),
+            "hook": lambda: _hook(target),
             "nan": lambda: None,
             "memory": lambda: self._memory(target, x),
             "count": self._count,
@@ -103,3 +107,31 @@ def _settings() -> None:
     torch.set_grad_enabled(False)
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(1)
+
+
+def _weights(target: Any) -> None:
+    """Training on, as an attack that hardens the model would."""
+    with torch.no_grad():
+        for parameter in target.model.parameters():
+            parameter.mul_(0.5)
+
+
+def _class(target: Any) -> None:
+    """Every model of the class says class 0."""
+    kind = type(target.model)
+    kind.__call__ = lambda self, x: torch.eye(10)[0].expand(len(x), 10)
+
+
+def _train(target: Any, x: Any) -> None:
+    """Running statistics drift."""
+    target.model.train()
+    for module in target.model.modules():
+        for buffer in module.buffers(recurse=False):
+            buffer.zero_()
+    target(x)
+
+
+def _hook(target: Any) -> None:
+    """Left behind."""
+    for module in target.model.children():
+        module.register_forward_hook(lambda module, given, out: out * 0)
