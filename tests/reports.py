@@ -33,6 +33,7 @@ class Row:
     Attributes:
         broken: per attack of `LABELS`, how many samples it is the first to break.
         failures: stages that gave no record.
+        notes: what every attack notes.
         attacked: how many of `LABELS` have a record at all; None: nothing was computed.
     """
 
@@ -44,6 +45,7 @@ class Row:
     failures: tuple[Failure, ...] = ()
     attacked: int | None = len(LABELS)
     checks: list[dict[str, Any]] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
 
 
 def made_run(folder: Path, rows: list[Row], n: int = 10, name: str = "made") -> RunReport:
@@ -80,7 +82,8 @@ def _row(row: Row, number: int, store: Store, data: Any) -> dict[str, Any]:
     keys = []
     for record in kept:
         key = f"{number}-{record.meta.label}".replace("[", "-").replace("]", "")
-        meta = RecordMeta(**{**asdict(record.meta), "key": key, "case": case, "notes": ()})
+        notes = row.notes if record.meta.kind == "attack" else ()
+        meta = RecordMeta(**{**asdict(record.meta), "key": key, "case": case, "notes": notes})
         store.folder.mkdir(parents=True, exist_ok=True)
         store.write(Record(meta, record.rows))
         keys.append(key)

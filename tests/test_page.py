@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from reports import Row, made_run, repeated
+from reports import LABELS, Row, made_run, repeated
 
 from robustdeq.errors import DamagedError
 from robustdeq.reporting.images import read_images
@@ -94,6 +94,15 @@ def test_stages_count_what_was_attacked_broken_and_first(tmp_path: Path) -> None
         ("square", "honest", 5, 0, 0),
     ]
     assert stages[0].parts == (("apgd-ce", 3),)
+
+
+def test_what_stages_note_is_counted_over_chunks(tmp_path: Path) -> None:
+    note = "out of memory at 10 rows a pass, went on with 5"
+    run = made_run(tmp_path, [Row("Ours", notes=(note,))])
+    text = Parsed(render_page(run)).text
+    for label in LABELS:
+        assert f"{label}: {note} (1 chunk)" in text
+    assert "left_out" not in text
 
 
 def test_missing_and_failed_cells_are_no_zeros(tmp_path: Path) -> None:

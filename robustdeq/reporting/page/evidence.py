@@ -46,9 +46,14 @@ class StageView:
 
 @dataclass(frozen=True, eq=False)
 class EvidenceView:
-    """All that opens with a row."""
+    """All that opens with a row.
+
+    Attributes:
+        notes: what its stages note, each with the number of chunks.
+    """
 
     stages: list[StageView]
+    notes: list[tuple[str, int]]
     checks: list[dict[str, Any]]
     examples: Examples | None
     residuals: Sparkline | None
@@ -61,6 +66,7 @@ def evidence_view(run: RunReport, number: int, images: Images, most_bytes: int) 
     evidence, verdict = run.evidences[number], run.verdicts[number]
     return EvidenceView(
         stages=stage_views(evidence, verdict),
+        notes=_notes(evidence),
         checks=_checks(evidence),
         examples=examples_of(run, number, images, most_bytes),
         residuals=sparkline(joined(evidence, "traces"), _tolerance(evidence)),
@@ -97,6 +103,11 @@ def _stage(label: str, records: Sequence[Record], verdict: Verdict) -> StageView
         backward_nfe=sum(record.meta.backward_nfe for record in records),
         seconds=sum(record.meta.seconds for record in records),
     )
+
+
+def _notes(evidence: Evidence) -> list[tuple[str, int]]:
+    told = (f"{r.meta.label}: {note}" for r in evidence.records for note in r.meta.notes)
+    return list(Counter(told).items())
 
 
 def _engine(records: Sequence[Record]) -> str:
