@@ -9,14 +9,18 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pandas as pd
 import pytest
 import torch
 from reports import Row, made_run
+from robustdeq.attacks.autoattack import AutoAttack
 
 import robustdeq
+from robustdeq.datasets import load_slice
 from robustdeq.errors import UsageError
+from robustdeq.threats import Threat
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "benchmarks"
 pytestmark = pytest.mark.skipif(not SCRIPTS.is_dir(), reason="needs the checkout, not the wheel")
@@ -180,3 +184,44 @@ def test_readme_shows_the_published_tables() -> None:
     script = importlib.import_module("publish")
     text = script.README.read_text()
     assert script.filled(text, script.held()) == text
+
+
+def test_a_profile_accounts_for_every_evaluation() -> None:
+    script = importlib.import_module("joint_profile")
+    model = robustdeq.load_model("Madry2018Towards_deq", "digits")
+    part = load_slice("digits", "test", 1)
+    x, y = torch.from_numpy(part.images).float() / 255, torch.from_numpy(part.labels)
+    attack = AutoAttack(engine="joint")
+    with patch("robustdeq.attacks.autoattack.Screen", script.Profiled):
+        whole = script.measured(model, model, attack, x, y, 0, Threat.parse("Linf:1/16"))
+    parts = script.Profiled.parts
+    assert {"apgd-ce", "apgd-t", "fab-t", "square", "apgd-ce, second run"} <= set(parts)
+    for count in ("seconds", "forward", "backward"):
+        told = sum(part[count] for part in parts.values())
+        assert 0.5 * whole[count] < told <= whole[count]
+    # 100 steps of at least one product.
+    assert parts["apgd-ce"]["backward"] >= 100
+
+
+def test_shares_of_a_profile_stand_in_its_page() -> None:
+    script = importlib.import_module("joint_profile")
+    lines = [
+        ("joint", "square", 1.0, 0.5),
+        ("joint", "all", 2.0, 1.0),
+        ("reference", "all", 8.0, 6.0),
+    ]
+    frame = pd.DataFrame(
+        [
+            {"data": "digits", "row": "R", "cell": cell, "way": way, "part": part,
+             "share_of_reference": seconds / 8, "bare_share": bare / seconds}
+            for cell in ("small", "wide") for way, part, seconds, bare in lines
+        ]
+    )  # fmt: skip
+    text = script.filled(f"above\n{script.MARKS[0]}old\n{script.MARKS[1]}\nbelow\n", frame)
+    assert "| R, digits, small | R, digits, wide |" in text
+    assert "| joint: square | 12.5 % (50 %) | 12.5 % (50 %) |" in text
+    assert "| reference | 100.0 % (75 %) | 100.0 % (75 %) |" in text
+    assert text.startswith("above\n")
+    assert text.endswith("below\n")
+    assert "old" not in text
+    assert script.filled(text, frame) == text

@@ -161,6 +161,7 @@ def test_the_tables_in_docs_are_those_of_the_records() -> None:
         ("claims", "claims", ("lyadeq", "neural_dynamics")),
         ("determinism", "determinism", ("determinism",)),
         ("gradient_cosines", "gradient_cosines", ("gradients",)),
+        ("joint_profile", "joint_profile", ("joint_engine",)),
         ("peers", "peers-digits", ("peers",)),
         ("side_by_side", "side_by_side", ("joint_engine",)),
         ("training", "training", ("training",)),
