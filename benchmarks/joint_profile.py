@@ -6,8 +6,8 @@
 
 The three ways of side_by_side.py on the same images, one thread, one after another: process time,
 evaluations of the cell and vector-Jacobian products, the joint engine's by component. "Bare" is
-what so many evaluations and products take alone, on batches of 64 rows, measured in the same run:
-the rest is the attack's own arithmetic, stem and readout, and what small batches cost more. Writes
+what so many evaluations and products take alone, in batches that cost least, measured in the same
+run: the rest is the attack's own arithmetic, stem and readout, and what small batches cost more. Writes
 results/joint_profile.csv, a block of lines per row and cell, and the table in docs/joint_engine.md.
 """
 
@@ -31,8 +31,8 @@ from robustdeq.datasets import load_slice
 from robustdeq.equilibrium import EquilibriumClassifier, metered
 from robustdeq.threats import Threat
 
-BATCH = 64
-REPEATS = 200
+BATCHES = (8, 32, 128)
+REPEATS = 100
 KEYS = ["data", "row", "cell"]
 MARKS = "<!-- joint_profile -->\n", "<!-- end joint_profile -->"
 
@@ -73,8 +73,15 @@ class Profiled(Screen):
 
 
 def bare(model: EquilibriumClassifier, x: Tensor) -> tuple[float, float]:
-    """Seconds of one evaluation of the cell on one row, and of one product with its Jacobian."""
-    x = x.repeat(-(-BATCH // len(x)), *[1] * (x.dim() - 1))[:BATCH]
+    """Seconds of one evaluation of the cell on one row, and of one product with its Jacobian.
+
+    Of the batches that cost least per row: too few rows share too little, too many leave the cache.
+    """
+    rates = [_rates(model, x.repeat(-(-n // len(x)), *[1] * (x.dim() - 1))[:n]) for n in BATCHES]
+    return min(forward for forward, _ in rates), min(backward for _, backward in rates)
+
+
+def _rates(model: EquilibriumClassifier, x: Tensor) -> tuple[float, float]:
     with torch.no_grad():
         u = model.embed(x)
         z = model.start(u)
@@ -88,18 +95,18 @@ def bare(model: EquilibriumClassifier, x: Tensor) -> tuple[float, float]:
         with torch.enable_grad():
             torch.autograd.grad(model.cell(leaf, u, 0), leaf, ones)
 
-    forward = _least(evaluate)
-    return forward, max(_least(multiply) - forward, 0.0)
+    forward = _median(evaluate) / len(x)
+    return forward, max(_median(multiply) / len(x) - forward, 0.0)
 
 
-def _least(run: Callable[[], None]) -> float:
-    """The median's seconds of a row: a mean would count what else the machine does."""
+def _median(run: Callable[[], None]) -> float:
+    """Seconds; a mean would count what else the machine does."""
     times = []
     for _ in range(REPEATS):
         begun = time.process_time()
         run()
         times.append(time.process_time() - begun)
-    return float(torch.tensor(times).median()) / BATCH
+    return float(torch.tensor(times).median())
 
 
 def profile(given: argparse.Namespace) -> pd.DataFrame:
