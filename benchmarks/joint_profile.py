@@ -7,8 +7,8 @@
 The three ways of side_by_side.py on the same images, one thread, one after another: process time,
 evaluations of the cell and vector-Jacobian products, the joint engine's by component. "Bare" is
 what so many evaluations and products take alone, in batches that cost least, measured in the same
-run: the rest is the attack's own arithmetic, stem and readout, and what small batches cost more. Writes
-results/joint_profile.csv, a block of lines per row and cell, and the table in docs/joint_engine.md.
+run: the rest is the attack's own arithmetic, stem and readout, and what small batches cost more.
+Writes results/joint_profile.csv, lines per row and cell, and the table in docs/joint_engine.md.
 """
 
 from __future__ import annotations
