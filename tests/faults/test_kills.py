@@ -77,7 +77,7 @@ def test_an_interrupted_run_says_how_to_go_on(
         time.sleep(0.02)
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == code
+    assert process.returncode == code, error
     assert "what is finished is kept" in error
     assert f"  {shlex.join(['robustdeq', *arguments])}\n" in error
     assert "Traceback" not in error

@@ -188,17 +188,7 @@ def test_a_cluster_without_room_or_without_being_there_is_refused(tmp_path: Path
 def test_the_command_line_starts_it(tmp_path: Path) -> None:
     code = "from robustdeq.cli import main; main()"
     text = Path(__file__).parent / "small.toml"
-    command = [
-        sys.executable,
-        "-P",
-        "-c",
-        code,
-        "run",
-        str(text),
-        "--out",
-        str(tmp_path),
-        "--samples",
-    ]
+    command = [sys.executable, "-P", "-c", code, "run", str(text), "--out", str(tmp_path)]
     options = ["--samples", "10", "--engine", "ray", "--workers", "1", "--task-memory", "0.25"]
     done = subprocess.run(
         [*command, *options], capture_output=True, text=True, timeout=300, check=False
