@@ -70,7 +70,14 @@ def test_an_interrupted_run_says_how_to_go_on(
     out = tmp_path / "out"
     arguments = ["run", str(SUITE), "--out", str(out), "--workers", "2"]
     command = [sys.executable, "-P", "-c", "from robustdeq.cli import main; main()", *arguments]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # What a shell starts in the background ignores Ctrl-C, and so does all that it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     folder, deadline = out / "small" / "records", time.monotonic() + 120
     while len(list(folder.glob("[!.]*.parquet"))) < 3:
         assert time.monotonic() < deadline
