@@ -24,7 +24,7 @@ from unittest.mock import patch
 import pandas as pd
 import torch
 from robustdeq.attacks._screen import Screen
-from side_by_side import EPS, PAGE, RESULTS, ROW, WIDTHS, measured, ways
+from side_by_side import EPS, PAGE, RESULTS, ROW, WIDTHS, measured, placed, ways
 from torch import Tensor
 
 from robustdeq.datasets import load_slice
@@ -113,10 +113,8 @@ def profile(given: argparse.Namespace) -> pd.DataFrame:
     """One line per component of the joint engine, and one per way."""
     part = load_slice(given.data, "test", given.images)
     x, y = torch.from_numpy(part.images).float() / 255, torch.from_numpy(part.labels)
-    threat, models = (
-        Threat.parse(given.eps or EPS[given.data]),
-        ways(given.data, given.cell, given.row),
-    )
+    threat = Threat.parse(given.eps or EPS[given.data])
+    models = ways(given.data, given.cell, given.row)
     deployed: Any = models["joint"][0]
     forward, backward = bare(deployed, x)
     lines: list[dict[str, Any]] = []
@@ -135,7 +133,7 @@ def profile(given: argparse.Namespace) -> pd.DataFrame:
         ]
     frame = pd.DataFrame(lines)[["way", "part", "seconds", "forward", "backward"]]
     frame["bare"] = frame["forward"] * forward + frame["backward"] * backward
-    reference = frame[(frame["way"] == "reference")].iloc[-1]
+    reference = frame[frame["way"] == "reference"].iloc[-1]
     frame["share_of_reference"] = frame["seconds"] / reference["seconds"]
     frame["bare_share"] = frame["bare"] / frame["seconds"]
     for place, key in enumerate(KEYS):
@@ -157,24 +155,16 @@ def noted(frame: pd.DataFrame) -> None:
 
 def filled(text: str, frame: pd.DataFrame) -> str:
     """The page with the table of the shares between its marks."""
-    before, rest = text.split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    names = dict(list(frame.groupby(KEYS, sort=False)))
-    head = [
-        "Share of the reference's time (of that, bare)",
-        *(f"{k[1]}, {k[0]}, {k[2]}" for k in names),
+    groups = dict(list(frame.groupby(KEYS, sort=False)))
+    names = [f"{row}, {data}, {cell}" for data, row, cell in groups]
+    lines = [
+        [
+            way if part == "all" else f"{way}: {part}",
+            *(_cell(g, way, part) for g in groups.values()),
+        ]
+        for way, part in frame[["way", "part"]].drop_duplicates().itertuples(index=False)
     ]
-    rows = frame[["way", "part"]].drop_duplicates().itertuples(index=False)
-    lines = [head, ["---"] * len(head)]
-    for way, part in rows:
-        lines.append(
-            [
-                way if part == "all" else f"{way}: {part}",
-                *(_cell(g, way, part) for g in names.values()),
-            ]
-        )
-    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return f"{before}{MARKS[0]}{table}{MARKS[1]}{after}"
+    return placed(text, MARKS, ["Share of the reference's time (of that, bare)", *names], lines)
 
 
 def _cell(group: pd.DataFrame, way: str, part: str) -> str:

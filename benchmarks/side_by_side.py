@@ -290,16 +290,22 @@ def summary(frame: pd.DataFrame) -> dict[str, Any]:
 
 def filled(text: str, frame: pd.DataFrame) -> str:
     """The page with the runs' table between its marks."""
-    before, rest = text.split("<!-- side_by_side -->\n")
-    after = rest.split("<!-- end -->")[1]
     head = [
         "Row", "Threat", "Cell", "n", "Robust: reference, joint", "Missed, extra",
         "The same of re-seeds, at most", "Time", "Evaluations + products",
         "Explicit network's time", "Joint / explicit",
     ]  # fmt: skip
-    lines = [head, ["---"] * len(head), *(_cells(run) for _, run in frame.iterrows())]
-    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return f"{before}<!-- side_by_side -->\n{table}<!-- end -->{after}"
+    lines = [_cells(run) for _, run in frame.iterrows()]
+    return placed(text, ("<!-- side_by_side -->\n", "<!-- end -->"), head, lines)
+
+
+def placed(text: str, marks: tuple[str, str], head: list[str], lines: list[list[str]]) -> str:
+    """The page with a table between two marks, in place of what stands there."""
+    before, rest = text.split(marks[0])
+    after = rest.split(marks[1])[1]
+    every = [head, ["---"] * len(head), *lines]
+    table = "".join(f"| {' | '.join(line)} |\n" for line in every)
+    return f"{before}{marks[0]}{table}{marks[1]}{after}"
 
 
 def _cells(run: Any) -> list[str]:
