@@ -75,7 +75,7 @@ def _state(pid: int) -> str:
         return "Z"
 
 
-@pytest.mark.parametrize("how", ["fork", "settings", "hook", "train mode"])
+@pytest.mark.parametrize("how", ["fork", "settings", "hook"])
 def test_what_a_plugin_leaves_behind_moves_no_record(
     how: str, tmp_path: Path, honest: Path
 ) -> None:

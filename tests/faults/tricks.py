@@ -47,7 +47,6 @@ class Trick:
             "settings": _settings,
             "weights": lambda: _weights(target),
             "class": lambda: _class(target),
-            "train mode": lambda: _train(target, x),
             "hook": lambda: _hook(target),
             "nan": lambda: None,
             "memory": lambda: self._memory(target, x),
@@ -120,15 +119,6 @@ def _class(target: Any) -> None:
     """Every model of the class says class 0."""
     kind = type(target.model)
     kind.__call__ = lambda self, x: torch.eye(10)[0].expand(len(x), 10)
-
-
-def _train(target: Any, x: Any) -> None:
-    """Running statistics drift."""
-    target.model.train()
-    for module in target.model.modules():
-        for buffer in module.buffers(recurse=False):
-            buffer.zero_()
-    target(x)
 
 
 def _hook(target: Any) -> None:
