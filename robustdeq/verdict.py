@@ -162,22 +162,24 @@ def judge_evidence(evidence: Evidence) -> Verdict:
     verdict.training_seed = case.get("training_seed")
     if any(r.meta.track == "randomized" for r in evidence.records):
         verdict.track = "randomized"
-    gaps = _gaps(evidence)
+    failed = _failed(evidence)
+    # What comes after a failure is left out on purpose: only without one is it still to come.
+    lacking = [] if failed else _lacking(evidence)
     if len(clean) == case["n"]:
         verdict.clean_acc = float(clean["clean_correct"].mean())
         verdict.samples = _samples(clean, attacks)
         verdict.broken_by = dict(Counter(verdict.samples["broken_by"].dropna()))
         verdict.credit = _credit(evidence, verdict)
         invalid = _unresolved(attacks, verdict.samples)
-        gaps += [f"{label} gave {n} non-finite examples" for label, n in invalid.items()]
-        if not gaps:
+        failed += [f"{label} gave {n} non-finite examples" for label, n in invalid.items()]
+        if not failed and not lacking:
             _add_accuracies(verdict, attacks, evidence)
     verdict.flags = _flags(evidence, attacks, verdict)
     if verdict.track == "deterministic" and _lacks_gradient(joined(evidence, "checks")):
         verdict.track = "no_gradient"
-    if gaps:
-        verdict.status = "failed" if evidence.failures or verdict.samples.size else "missing"
-        verdict.note = "; ".join(dict.fromkeys(gaps))
+    if failed or lacking:
+        verdict.status = "failed" if failed else "missing"
+        verdict.note = "; ".join(dict.fromkeys(lacking + failed))
     return verdict
 
 
@@ -206,12 +208,20 @@ def joined(evidence: Evidence, kind: str, label: str | None = None) -> pd.DataFr
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
-def _gaps(evidence: Evidence) -> list[str]:
-    """What keeps the case from having a robust accuracy."""
-    gaps = [
+def _failed(evidence: Evidence) -> list[str]:
+    """What has gone wrong, so that there is no robust accuracy."""
+    failed = [
         f"{failure.label}: {failure.reason}" if failure.label else failure.reason
         for failure in evidence.failures
     ]
+    if not failed and not all(evidence.expected.values()):
+        # Else a model that every attack had to skip would be as robust as it is accurate.
+        failed = ["no attack applies to this model; add one through 'honest'"]
+    return failed
+
+
+def _lacking(evidence: Evidence) -> list[str]:
+    """What has not been computed yet."""
     held = {(r.meta.chunk, r.meta.label) for r in records_of(evidence, "attack")}
     lacking = Counter(
         label
@@ -219,14 +229,14 @@ def _gaps(evidence: Evidence) -> list[str]:
         for label in labels
         if (chunk, label) not in held
     )
-    if not gaps:
-        gaps = [f"{label} is missing for {count} chunks" for label, count in lacking.items()]
-    if not gaps and not all(evidence.expected.values()):
-        # Else a model that every attack had to skip would be as robust as it is accurate.
-        gaps = ["no attack applies to this model; add one through 'honest'"]
-    if not gaps and len(evidence.expected) < evidence.chunks:
-        gaps = [f"{len(evidence.expected)} of {evidence.chunks} chunks have begun"]
-    return gaps
+    if lacking:
+        return [f"{label} is missing for {count} chunks" for label, count in lacking.items()]
+    if len(evidence.expected) < evidence.chunks:
+        return [f"{len(evidence.expected)} of {evidence.chunks} chunks have begun"]
+    clean = sum(len(record.rows) for record in records_of(evidence, "clean"))
+    if clean < evidence.case["n"]:
+        return [f"clean predictions are missing for {evidence.case['n'] - clean} samples"]
+    return []
 
 
 def _samples(clean: pd.DataFrame, attacks: dict[str, pd.DataFrame]) -> pd.DataFrame:

@@ -26,6 +26,8 @@ from robustdeq.reporting.page.environment import asset, breakable, cut, link, pe
 from robustdeq.reporting.page.evidence import stage_views
 from robustdeq.reporting.page.examples import examples_of
 from robustdeq.reporting.page.sparkline import sparkline
+from robustdeq.reporting.publish import publish, publish_report
+from robustdeq.reporting.run import read_run
 from robustdeq.verdict import Failure
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>\n\x1b[31m" + "A" * 10_000
@@ -257,6 +259,22 @@ def test_only_web_addresses_are_links(bad: str) -> None:
 def test_no_figure_is_not_zero() -> None:
     assert percent(None) == percent(float("nan")) == "n/a"
     assert percent(0.0) == "0.00"
+
+
+def test_figures_of_an_earlier_run_in_the_same_folder_go(tmp_path: Path) -> None:
+    made_run(tmp_path, [Row("Ours")])
+    publish(tmp_path)
+    drawn = {path.name for path in (tmp_path / "figures").iterdir()}
+    for name in ("earlier.svg", "earlier.png", "notes.txt"):
+        (tmp_path / "figures" / name).write_text("of other rows")
+    publish(tmp_path)
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == drawn | {"notes.txt"}
+    assert "earlier" not in (tmp_path / "SHA256SUMS").read_text()
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "figures").mkdir(parents=True)
+    (elsewhere / "figures" / "own.svg").write_text("somebody's own")
+    publish_report(read_run(tmp_path), elsewhere / "page.html")
+    assert (elsewhere / "figures" / "own.svg").exists()
 
 
 def test_pages_need_no_torch(tmp_path: Path) -> None:

@@ -191,14 +191,19 @@ def test_the_verdict_is_the_and_over_attacks() -> None:
 def test_missing_and_failed_stages_leave_no_robust_accuracy() -> None:
     missing = verdict(record(), attack("pgd", [True] * 3 + [None]), labels=("pgd", "autoattack"))
     assert missing.robust_acc is None
-    assert "autoattack is missing" in missing.note
+    assert (missing.status, missing.note) == ("missing", "autoattack is missing for 1 chunks")
     failed = verdict(record(), labels=("pgd",), failures=(Failure("pgd", 0, "out of ideas"),))
     assert (failed.status, failed.note) == ("failed", "pgd: out of ideas")
     nothing = verdict(labels=(), expected={})
     assert nothing.status == "missing"
     assert nothing.clean_acc is None
     chunk_missing = verdict(record(), attack("pgd", [True] * 3 + [None]), chunks=2)
-    assert chunk_missing.robust_acc is None
+    assert (chunk_missing.robust_acc, chunk_missing.status) == (None, "missing")
+    unattacked = verdict(record(), labels=(), expected={0: ()})
+    assert (unattacked.robust_acc, unattacked.status) == (None, "failed")
+    without_clean = verdict(attack("pgd", [True] * 4))
+    assert (without_clean.robust_acc, without_clean.status) == (None, "missing")
+    assert "clean predictions are missing for 4 samples" in without_clean.note
 
 
 def test_non_finite_examples_on_survivors_leave_no_robust_accuracy() -> None:

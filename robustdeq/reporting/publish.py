@@ -23,7 +23,15 @@ def publish_report(run: RunReport, path: Path | None = None) -> Path:
     """As `publish`; the page at `path`, with `figures/` beside it."""
     drawn = figures(run)
     page = write_page(run, drawn, path)
-    write_figures(drawn, page.parent)
+    written = write_figures(drawn, page.parent)
     if page.parent == run.folder:
+        _remove_others(written, run.folder / "figures")
         write_sums(run.folder, PAGE)
     return page
+
+
+def _remove_others(written: list[Path], folder: Path) -> None:
+    """Figures of an earlier run in the same folder, with other rows or threats."""
+    for path in set(folder.glob("*.svg")) | set(folder.glob("*.png")):
+        if path not in written:
+            path.unlink()

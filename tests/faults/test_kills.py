@@ -17,6 +17,8 @@ from faulty import assert_same_records, keys, run, start, table, tree
 
 KILLS = int(os.environ.get("ROBUSTDEQ_KILLS", "4"))
 """In all; the tox environment `faults` wants 50."""
+PARTS = -(-KILLS // 10)
+"""Tests that they are spread over, so that workers share them."""
 SUITE = Path(__file__).parent / "small.toml"
 
 
@@ -29,24 +31,34 @@ def kill(process: subprocess.Popen[str], whole_tree: bool) -> None:
     process.communicate(timeout=60)
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc, to find processes")
-def test_killed_at_random_points_the_records_are_the_same(tmp_path: Path) -> None:
-    """Half of the kills take the driver alone, half its whole tree."""
-    whole = tmp_path / "undisturbed"
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """A run that nothing happens to, and the seconds that it takes."""
+    folder = tmp_path_factory.mktemp("undisturbed")
     begun = time.monotonic()
-    process = start(whole, tmp_path)
+    process = start(folder / "out", folder)
     text, _ = process.communicate(timeout=300)
     assert process.returncode == 0, text
-    span, rng, killed, round_ = time.monotonic() - begun, random.Random(0), 0, 0
+    return folder / "out", time.monotonic() - begun
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc, to find processes")
+@pytest.mark.parametrize("part", range(PARTS))
+def test_killed_at_random_points_the_records_are_the_same(
+    part: int, undisturbed: tuple[Path, float], tmp_path: Path
+) -> None:
+    """Half of the kills take the driver alone, half its whole tree."""
+    (whole, span), rng, round_ = undisturbed, random.Random(part), 0
+    left = len(range(part, KILLS, PARTS))
     out = tmp_path / "0"
     held: dict[str, int] = {}
-    while killed < KILLS:
+    while left:
         process = start(out, tmp_path)
         try:
             text, _ = process.communicate(timeout=rng.uniform(0.2, 1.0) * span)
         except subprocess.TimeoutExpired:
-            kill(process, whole_tree=bool(killed % 2))
-            killed += 1
+            kill(process, whole_tree=bool(left % 2))
+            left -= 1
             time.sleep(0.5)  # what the driver's death has orphaned ends by itself
         else:
             assert process.returncode == 0, text
