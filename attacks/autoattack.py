@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -103,6 +103,12 @@ class AutoAttack:
     def fits(self, target: Target) -> bool:
         """Whether it attacks the target at all."""
         return self.fallback or target.dynamics() is not None
+
+    def resolved(self, target: Target) -> AutoAttack:
+        """The reference, where it takes the joint engine's place; see `interfaces.Attack`."""
+        if self.engine == "joint" and self.fallback and target.dynamics() is None:
+            return replace(self, engine="reference")
+        return self
 
     def components(self, classes: int) -> tuple[str, ...]:
         """The components that run with so many classes, in order."""

@@ -97,8 +97,9 @@ class Attack(Protocol):
 
     It may also define `scope` (a `Scope`, by default the survivors), `left_out(classes)` (a tuple
     of sentences on what it cannot run with so few classes), `budget(classes)` (a `Budget`, for
-    `--estimate`), `fits(target)` (whether it applies to a model; it is left out of rows where it
-    does not) and `phase` (2 for an attack that wants what all rows' own attacks have found in
+    `--estimate`), `resolved(target)` (the attack whose budget counts there, where another one takes
+    its place on some models), `fits(target)` (whether it applies to a model; it is left out of rows
+    where it does not) and `phase` (2 for an attack that wants what all rows' own attacks have found in
     `target.pools`; by default 1).
     """
 

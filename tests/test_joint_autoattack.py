@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from robustdeq.equilibrium import (
     metered,
 )
 from robustdeq.errors import UsageError
+from robustdeq.evaluation import estimate
 from robustdeq.randomness import SampleRandom
 from robustdeq.suite import AttackEntry, adjusted, attacks_of, find_suite
 from robustdeq.tables import tabulate, to_markdown
@@ -59,6 +61,20 @@ def test_every_component_finds_and_signs() -> None:
     out = screen.run()
     assert {"apgd-ce"} <= set(out.made_by) <= {"apgd-ce", "apgd-t", "fab-t", "square", ""}
     assert not any(BALL.violations(x, out.x))
+
+
+def test_the_estimate_counts_the_reference_where_it_takes_the_engine_s_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(estimate, "_timed", lambda subject, x: (1.0, 3.0))
+    chosen = replace(find_suite("digits"), attacks=())
+    seconds = {}
+    for engine in ("joint", "reference"):
+        some = adjusted(chosen, 4, None, "Madry.*(deq|feedforward)", autoattack=engine)
+        rows = estimate.estimate_suite(some, "cpu")
+        seconds |= {(engine, row.id.rpartition("_")[2]): row.seconds for row in rows}
+    assert seconds["joint", "feedforward"] == seconds["reference", "feedforward"] > 0
+    assert seconds["joint", "deq"] < 0.5 * seconds["reference", "deq"]
 
 
 class TwoBasins(EquilibriumClassifier):

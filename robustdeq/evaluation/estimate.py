@@ -73,16 +73,17 @@ def _estimate(suite: Suite, case: Case, device: torch.device, weights: Path | No
     target = Target(subject.model, subject.classes)
     for stage in attack_stages(attacks_of(suite)):
         if stage.fits("deterministic", target):
-            budget = _budget(stage, subject.classes)
+            budget = _budget(stage, target)
             seconds += budget.forward * forward + budget.backward * max(gradient - forward, 0.0)
     return Estimate(
         case.entry.id, str(case.threat), chunks, 1e3 * forward, 1e3 * gradient, seconds * chunks
     )
 
 
-def _budget(stage: Stage, classes: int) -> Budget:
-    """The attack's own figure; for attacks without one, a hundred gradients."""
-    return Budget(*option(stage.plugin, "budget", lambda classes: Budget(100, 100))(classes))
+def _budget(stage: Stage, target: Target) -> Budget:
+    """The figure of what the attack comes to on this model; without one, a hundred gradients."""
+    attack = option(stage.plugin, "resolved", lambda target: stage.plugin)(target)
+    return Budget(*option(attack, "budget", lambda classes: Budget(100, 100))(target.classes))
 
 
 def _timed(subject: Subject, x: torch.Tensor) -> tuple[float, float]:
