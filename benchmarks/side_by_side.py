@@ -4,12 +4,13 @@
     python benchmarks/side_by_side.py --quick
     python benchmarks/side_by_side.py --cell small --images 200 --seeds 5
     python benchmarks/side_by_side.py --cell wide --images 200 --seeds 2
+    python benchmarks/side_by_side.py --data cifar10-jpeg --weights weights --device cuda
 
 Three ways, interleaved in blocks of images, one thread: `joint`, our engine; `reference`,
 pyautoattack over a torchdeq model of the same weights with `ift=True` and its default solvers and
 tolerances; `explicit`, pyautoattack over the explicit network of the same parts, the price of a
 model that does not iterate. Process time, evaluations of the cell and vector-Jacobian products,
-and the verdict on each image by the deployed predictor. The reference under other seeds says how
+the most memory of a block, and the verdict on each image by the deployed predictor. The reference under other seeds says how
 much of a disagreement is chance. A block that is done is not run again; the same command goes on.
 Writes results/side_by_side-*.csv and, under the same name, a figure; whole runs are summed up in
 results/side_by_side.csv and docs/joint_engine.md. The wide cell is the small one's function at
@@ -29,7 +30,8 @@ from typing import Any, TypeVar
 
 import pandas as pd
 import torch
-from _figures import save, seaborn
+from _figures import machine, save, seaborn
+from _memory import peak
 from robustdeq.attacks.autoattack import AutoAttack
 from torch import Tensor, nn
 
@@ -44,8 +46,8 @@ Result = TypeVar("Result")
 RESULTS = Path(__file__).resolve().parent / "results"
 PAGE = RESULTS.parent.parent / "docs" / "joint_engine.md"
 ROW = "Madry2018Towards_deq"
-EPS = {"mnist": "Linf:0.31", "digits": "Linf:3/16"}
-"""Where 40 to 80 % of that row's images stand."""
+EPS = {"mnist": "Linf:0.31", "digits": "Linf:3/16", "cifar10-jpeg": "Linf:8/255"}
+"""Where 40 to 80 % of that row's images stand; on the last, what rows are trained for."""
 WIDTHS = {"small": 1, "wide": 8}
 
 
@@ -80,15 +82,20 @@ def widened(model: Any, factor: int) -> Any:
     return model
 
 
-def ways(data: str, cell: str, row: str = ROW) -> dict[str, tuple[nn.Module, AutoAttack]]:
-    """The three models with what attacks them."""
-    model = widened(robustdeq.load_model(row, data), WIDTHS[cell])
-    twin = widened(robustdeq.load_model(row.replace("_deq", "_feedforward"), data), WIDTHS[cell])
+def ways(
+    data: str, cell: str, row: str = ROW, device: str = "cpu", weights: Path | None = None
+) -> dict[str, tuple[nn.Module, AutoAttack]]:
+    """The three models with what attacks them; the explicit one is the row's of the same recipe."""
+    twin = f"{row.partition('_deq')[0]}_feedforward"
+    model, explicit = (
+        widened(robustdeq.load_model(id_, data, device=device, weights=weights), WIDTHS[cell])
+        for id_ in (row, twin)
+    )
     reference = AutoAttack()
     return {
         "joint": (model, AutoAttack(engine="joint")),
-        "reference": (TorchDEQ(model), reference),
-        "explicit": (twin, reference),
+        "reference": (TorchDEQ(model).to(device), reference),
+        "explicit": (explicit, reference),
     }
 
 
@@ -106,16 +113,20 @@ def measured(
     model: nn.Module, judge: nn.Module, attack: AutoAttack, x: Tensor, y: Tensor, seed: int,
     threat: Threat,
 ) -> dict[str, Any]:  # fmt: skip
-    """One block: seconds, counts, which images stand, and what the attack notes."""
+    """One block: seconds, counts, memory, which images stand, and what the attack notes."""
     rng = SampleRandom(seed, "side by side", range(len(x)))
+
+    def run() -> tuple[float, Any]:
+        return timed(lambda: attack.run(Target(model, 10), x, y, threat, rng), x.device)
+
     with metered() as meter:
-        seconds, found = timed(lambda: attack.run(Target(model, 10), x, y, threat, rng), x.device)
+        mib, (seconds, found) = peak(run, x.device)
     inside = [v is Violation.NONE for v in threat.violations(x, found.x)]
     with torch.no_grad():
         clean = judge(x).argmax(1) == y
         stands = (judge(found.x).argmax(1) == y) | ~torch.tensor(inside, device=x.device)
     return {
-        "seconds": seconds, "forward": meter.forward, "backward": meter.backward,
+        "seconds": seconds, "forward": meter.forward, "backward": meter.backward, "peak_mib": mib,
         "robust": (clean & stands).int().tolist(), "notes": list(found.notes),
     }  # fmt: skip
 
@@ -151,7 +162,8 @@ def run(given: argparse.Namespace, ledger: Path) -> list[dict[str, Any]]:
     threat = Threat.parse(given.eps)
     part = load_slice(given.data, "test", given.images)
     x, y = torch.from_numpy(part.images).float() / 255, torch.from_numpy(part.labels)
-    models = ways(given.data, given.cell, given.row)
+    x, y = x.to(given.device), y.to(given.device)
+    models = ways(given.data, given.cell, given.row, given.device, given.weights)
     lines = held(ledger)
     done = {(line["way"], line["seed"], line["begin"]) for line in lines}
     for way, seed, begin in blocks(given):
@@ -186,6 +198,7 @@ def table(lines: list[dict[str, Any]], seeds: int) -> pd.DataFrame:
             "way": way, "seed": seed, "images": len(stands), "robust": sum(stands),
             "seconds": sum(line["seconds"] for line in own),
             "evaluations": sum(line["forward"] + line["backward"] for line in own),
+            "peak_mib": highest(own),
         }  # fmt: skip
         if way != "explicit":
             row["missed"] = sum(a > b for a, b in pairs)
@@ -195,10 +208,17 @@ def table(lines: list[dict[str, Any]], seeds: int) -> pd.DataFrame:
     base = frame[(frame["way"] == "reference") & (frame["seed"] == 0)].iloc[0]
     frame["time_ratio"] = base["seconds"] / frame["seconds"]
     frame["evaluations_ratio"] = base["evaluations"] / frame["evaluations"]
+    frame["memory_share"] = frame["peak_mib"] / base["peak_mib"]
     per_robust = frame["seconds"] / frame["robust"].clip(lower=1)
     explicit = per_robust[frame["way"] == "explicit"].iloc[0]
     frame["explicit_multiple"] = per_robust / explicit
     return frame
+
+
+def highest(lines: list[dict[str, Any]]) -> float:
+    """The most memory of a block, in MiB; NaN where it was not measured."""
+    known = [line["peak_mib"] for line in lines if line.get("peak_mib") is not None]
+    return max(known) if len(known) == len(lines) else float("nan")
 
 
 def draw(frame: pd.DataFrame, path: Path, about: str) -> None:
@@ -209,7 +229,7 @@ def draw(frame: pd.DataFrame, path: Path, about: str) -> None:
 
     figure, axes = plt.subplots(1, 3, figsize=(9, 2.4), layout="constrained")
     for axis, column, label in zip(
-        axes, ("evaluations", "seconds"), ("evaluations and products", "process time (s)"),
+        axes, ("evaluations", "seconds"), ("evaluations and products", "time (s)"),
         strict=False,
     ):  # fmt: skip
         # With several seeds of the reference: their mean, and a line from least to most.
@@ -250,9 +270,10 @@ def caption(frame: pd.DataFrame, given: argparse.Namespace) -> str:
     return (
         f"AutoAttack standard, {given.data} {given.eps}, {given.cell} cell, n = {given.images}, "
         f"of which {robust} stand under the reference of seed 0. The reference ran under {seeds}, "
-        "the other ways under seed 0; several seeds show as a mean and a line from least to most. "
+        "the other ways under seed 0; time is that of the process, on a GPU that of the clock. "
+        "Several seeds show as a mean and a line from least to most. "
         "Missed: stands, where the reference of seed 0 broke it; extra: the other way round. "
-        "Explicit is another model, whose verdicts are not compared."
+        f"Explicit is another model, whose verdicts are not compared. {machine(given.device)}."
     )
 
 
@@ -260,9 +281,12 @@ def noted(frame: pd.DataFrame, given: argparse.Namespace) -> None:
     """Put a run into results/side_by_side.csv, and that into the page."""
     path = RESULTS / "side_by_side.csv"
     own = summary(frame)
-    own = {"data": given.data, "row": given.row, "threat": given.eps, "cell": given.cell} | own
+    own = {
+        "data": given.data, "row": given.row, "threat": given.eps, "cell": given.cell,
+        "device": given.device,
+    } | own  # fmt: skip
     held = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=list(own))
-    keys = list(own)[:4]
+    keys = list(own)[:5]
     others = held[(held[keys] != [own[key] for key in keys]).any(axis=1)]
     whole = pd.concat([others, pd.DataFrame([own])]).sort_values(keys)
     whole.to_csv(path, index=False, float_format="%.4g")
@@ -285,6 +309,7 @@ def summary(frame: pd.DataFrame) -> dict[str, Any]:
         "time_ratio": joint["time_ratio"], "evaluations_ratio": joint["evaluations_ratio"],
         "explicit_time_ratio": explicit["time_ratio"],
         "explicit_multiple": joint["explicit_multiple"],
+        "memory_share": joint["memory_share"],
     }  # fmt: skip
 
 
@@ -293,7 +318,7 @@ def filled(text: str, frame: pd.DataFrame) -> str:
     head = [
         "Row", "Threat", "Cell", "n", "Robust: reference, joint", "Missed, extra",
         "The same of re-seeds, at most", "Time", "Evaluations + products",
-        "Explicit network's time", "Joint / explicit",
+        "Explicit network's time", "Joint / explicit", "Memory, joint / reference",
     ]  # fmt: skip
     lines = [_cells(run) for _, run in frame.iterrows()]
     return placed(text, ("<!-- side_by_side -->\n", "<!-- end -->"), head, lines)
@@ -309,12 +334,14 @@ def placed(text: str, marks: tuple[str, str], head: list[str], lines: list[list[
 
 
 def _cells(run: Any) -> list[str]:
+    gpu = "" if run["device"] == "cpu" else ", GPU"
     return [
-        f"`{run['row']}`, {run['data']}", str(run["threat"]), str(run["cell"]), str(run["images"]),
+        f"`{run['row']}`, {run['data']}{gpu}", str(run["threat"]), str(run["cell"]), str(run["images"]),
         f"{run['reference_robust']}, {run['joint_robust']}", f"{run['missed']}, {run['extra']}",
         f"{run['reseeds_missed']}, {run['reseeds_extra']} ({run['reseeds']})",
         f"{run['time_ratio']:.1f}", f"{run['evaluations_ratio']:.1f}",
         f"{run['explicit_time_ratio']:.1f}", f"{run['explicit_multiple']:.2f}",
+        "" if pd.isna(run["memory_share"]) else f"{run['memory_share']:.2f}",
     ]  # fmt: skip
 
 
@@ -327,6 +354,8 @@ def main() -> None:
     parser.add_argument("--cell", choices=sorted(WIDTHS), default="small")
     parser.add_argument("--row", default=ROW, help="an equilibrium row with an explicit twin")
     parser.add_argument("--eps", help="as in Linf:0.31")
+    parser.add_argument("--weights", type=Path, help="a folder with the row's weights")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--block", type=int, default=50, help="images of one block")
     parser.add_argument("--seeds", type=int, default=1, help="of the reference")
@@ -341,7 +370,9 @@ def main() -> None:
     torch.set_num_threads(1)
     given.eps = given.eps or EPS[given.data]
     radius = given.eps.replace(":", "").replace("/", "over")
+    kind = torch.device(given.device).type
     name = f"side_by_side-{given.data}-{given.row}-{radius}-{given.cell}-{given.images}"
+    name += "" if kind == "cpu" else f"-{kind}"
     lines = run(given, given.results / f"{name}.jsonl")
     if given.reseeds:
         return

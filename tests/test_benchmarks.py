@@ -86,9 +86,31 @@ def test_the_figure_compares_joint_and_other_seeds(blocks: list[dict[str, Any]])
         ("joint, seed 0", "missed"): 2, ("joint, seed 0", "extra"): 1,
         ("reference, seed 1", "missed"): 0, ("reference, seed 1", "extra"): 1,
     }  # fmt: skip
-    given = argparse.Namespace(data="digits", eps="Linf:3/16", cell="small", images=6, seeds=2)
+    given = argparse.Namespace(
+        data="digits", eps="Linf:3/16", cell="small", images=6, seeds=2, device="cpu"
+    )
     about = script.caption(frame, given)
     assert "n = 6, of which 3 stand" in about
+
+
+def test_memory_is_the_largest_of_the_blocks_or_unknown(blocks: list[dict[str, Any]]) -> None:
+    script = importlib.import_module("side_by_side")
+    assert script.table(blocks, 2)["memory_share"].isna().all()
+    sizes = [8.0, 6.0, 2.0, 4.0, 1.0, 1.0, 8.0, 8.0]
+    told = [made | {"peak_mib": mib} for made, mib in zip(blocks, sizes, strict=True)]
+    shares = script.table(told, 2).set_index(["way", "seed"])["memory_share"]
+    assert shares["joint", 0] == 0.5
+    assert shares["reference", 0] == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc")
+def test_peaks_are_those_of_the_work_alone() -> None:
+    peak = importlib.import_module("_memory").peak
+    cpu = torch.device("cpu")
+    for mib in (64, 16):  # the second must not show what the first took
+        found, size = peak(lambda n=mib: len(bytearray(b"x") * (n * 2**20)), cpu)
+        assert size == mib * 2**20
+        assert abs(found - mib) < 4
 
 
 def test_a_ledger_gives_back_what_was_kept(tmp_path: Path) -> None:

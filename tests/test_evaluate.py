@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -251,3 +253,14 @@ def test_load_model() -> None:
         robustdeq.load_model("Madry2018Toward_deq")
     with pytest.raises(UsageError, match="no row under"):
         robustdeq.load_model("Madry2018Towards_deq", threat="L2:1")
+
+
+def test_weights_are_looked_for_in_the_given_folder_first(tmp_path: Path) -> None:
+    shipped = resources.files("robustdeq.zoo") / "digits-deq-pgd_at.safetensors"
+    (tmp_path / shipped.name).write_bytes(shipped.read_bytes())
+    x = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    model = robustdeq.load_model("Madry2018Towards_deq", weights=tmp_path)
+    assert torch.equal(model(x), robustdeq.load_model("Madry2018Towards_deq")(x))
+    (tmp_path / shipped.name).write_bytes(b"other weights")
+    with pytest.raises(CaseError, match=str(tmp_path)):
+        robustdeq.load_model("Madry2018Towards_deq", weights=tmp_path)

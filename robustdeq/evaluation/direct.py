@@ -101,6 +101,7 @@ def load_model(
     dataset: str = "digits",
     threat: str | None = None,
     device: str = "cpu",
+    weights: str | Path | None = None,
 ) -> nn.Module:
     """A trained model of the suites that ship with the package, in eval mode.
 
@@ -108,6 +109,7 @@ def load_model(
         id: a row's ID, as in "Madry2018Towards_deq".
         dataset: the data set that it was trained on.
         threat: the threat of its row; any by default.
+        weights: a folder that is looked in first for its weights, as with `robustdeq run --weights`.
 
     Raises:
         UsageError: if no suite has such a row.
@@ -123,7 +125,7 @@ def load_model(
             ids.add(case.entry.id)
             if case.entry.id == id and wanted in (None, str(case.threat)):
                 data = SliceIdentity(spec_of(dataset), "test", 0, "")
-                source = weights_source(suite, None)
+                source = weights_source(suite, None if weights is None else Path(weights))
                 return build_subject(case, data, source, torch.device(device), None).model.eval()
     if id in ids:
         raise UsageError(
