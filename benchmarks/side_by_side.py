@@ -10,11 +10,11 @@ Three ways, interleaved in blocks of images, one thread: `joint`, our engine; `r
 pyautoattack over a torchdeq model of the same weights with `ift=True` and its default solvers and
 tolerances; `explicit`, pyautoattack over the explicit network of the same parts, the price of a
 model that does not iterate. Process time, evaluations of the cell and vector-Jacobian products,
-the most memory of a block, and the verdict on each image by the deployed predictor. The reference under other seeds says how
-much of a disagreement is chance. A block that is done is not run again; the same command goes on.
-Writes results/side_by_side-*.csv and, under the same name, a figure; whole runs are summed up in
-results/side_by_side.csv and docs/joint_engine.md. The wide cell is the small one's function at
-eight times the work: inner channels repeated, weights divided.
+the most memory of a block, and the verdict on each image by the deployed predictor. The reference
+under other seeds says how much of a disagreement is chance. A block that is done is not run again;
+the same command goes on. Writes results/side_by_side-*.csv and, under the same name, a figure;
+whole runs are summed up in results/side_by_side.csv and docs/joint_engine.md. The wide cell is the
+small one's function at eight times the work: inner channels repeated, weights divided.
 """
 
 from __future__ import annotations
@@ -336,7 +336,8 @@ def placed(text: str, marks: tuple[str, str], head: list[str], lines: list[list[
 def _cells(run: Any) -> list[str]:
     gpu = "" if run["device"] == "cpu" else ", GPU"
     return [
-        f"`{run['row']}`, {run['data']}{gpu}", str(run["threat"]), str(run["cell"]), str(run["images"]),
+        f"`{run['row']}`, {run['data']}{gpu}",
+        str(run["threat"]), str(run["cell"]), str(run["images"]),
         f"{run['reference_robust']}, {run['joint_robust']}", f"{run['missed']}, {run['extra']}",
         f"{run['reseeds_missed']}, {run['reseeds_extra']} ({run['reseeds']})",
         f"{run['time_ratio']:.1f}", f"{run['evaluations_ratio']:.1f}",

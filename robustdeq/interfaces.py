@@ -99,8 +99,8 @@ class Attack(Protocol):
     of sentences on what it cannot run with so few classes), `budget(classes)` (a `Budget`, for
     `--estimate`), `resolved(target)` (the attack whose budget counts there, where another one takes
     its place on some models), `fits(target)` (whether it applies to a model; it is left out of rows
-    where it does not) and `phase` (2 for an attack that wants what all rows' own attacks have found in
-    `target.pools`; by default 1).
+    where it does not) and `phase` (2 for an attack that wants what all rows' own attacks have found
+    in `target.pools`; by default 1).
     """
 
     needs: ClassVar[Access]

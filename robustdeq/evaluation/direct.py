@@ -109,7 +109,7 @@ def load_model(
         id: a row's ID, as in "Madry2018Towards_deq".
         dataset: the data set that it was trained on.
         threat: the threat of its row; any by default.
-        weights: a folder that is looked in first for its weights, as with `robustdeq run --weights`.
+        weights: a folder that is looked in first for its weights, as by `run --weights`.
 
     Raises:
         UsageError: if no suite has such a row.
