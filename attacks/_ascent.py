@@ -70,6 +70,7 @@ class LogitLoss:
         warm: start solves from those of the step before, where that leads to the same state: not
             for fixed lengths, several solves or gradients that refuse.
         view: what shows the logits, if it is not the target itself.
+        rows: of one backward pass, if not as many as the target allows.
     """
 
     def __init__(
@@ -80,12 +81,13 @@ class LogitLoss:
         *,
         warm: bool = False,
         view: View | None = None,
+        rows: int | None = None,
     ) -> None:
         self.view: View = view or target
         self.y, self.loss = y, loss
         self.trusted = view is None and shows_deployed(target)
         self.warm = warm and view is None and _warmable(target)
-        self.rows = most_rows(target)
+        self.rows = rows or most_rows(target)
 
     def __call__(self, x: Images, samples: Counts, goals: Labels, states: States) -> Reading:
         """See `Objective`."""

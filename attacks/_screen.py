@@ -23,6 +23,7 @@ from robustdeq.equilibrium import (
     JointState,
     Lockstep,
     channels_last,
+    parameter_dtype,
 )
 from robustdeq.interfaces import Candidates
 from robustdeq.shapes import Counts, Images, Labels, Logits, PerSample
@@ -42,6 +43,13 @@ LOOKS = 40
 """By which state and adjoint must have settled at a clean input."""
 SETTLED = 0.05
 """Relative change at which they have not."""
+
+
+_NUMBERS = 2**17
+"""In the states of one look, on a processor: more rows save no time, but take memory."""
+_FEWEST = 32
+_ACCELERATED = 1024
+"""Rows of one look on an accelerator."""
 
 
 def unreliable(lockstep: Lockstep, x: Images, y: Labels) -> str:
@@ -64,6 +72,22 @@ def unreliable(lockstep: Lockstep, x: Images, y: Labels) -> str:
         if not float(worst.max()) < SETTLED:  # also where it is no number
             return f"its {name} still moves by {float(worst.max()):.2g} after {LOOKS} plain steps"
     return ""
+
+
+@torch.no_grad()
+def looked_at_once(target: Target, dynamics: Dynamics, x: Images) -> int:
+    """Rows of one look, where the target does not say: what is quick at no more memory than that.
+
+    A processor is as quick with few rows, once each brings much of its own; an accelerator is not,
+    and where these are too many for it, fewer are tried.
+    """
+    if target.batch_size is not None:
+        return most_rows(target)
+    if x.device.type != "cpu":
+        return _ACCELERATED
+    model = dynamics.model
+    state = model.start(model.embed(x[:1].to(parameter_dtype(model) or x.dtype)))
+    return max(_FEWEST, min(most_rows(target), _NUMBERS // state.numel()))
 
 
 class Screen:
@@ -94,7 +118,8 @@ class Screen:
         queries: int = QUERIES,
     ) -> None:
         self.target, self.threat, self.seed = target, threat, seed
-        self.rerun, self.queries, self.rows = rerun, queries, most_rows(target)
+        self.rerun, self.queries = rerun, queries
+        self.rows = looked_at_once(target, dynamics, x)
         self.x, self.y = x, y
         self.lockstep = Lockstep(replace(dynamics, model=channels_last(dynamics.model, x)))
         self.solved = target.through(Implicit(SOLVED), solver=SOLVED)
@@ -140,7 +165,7 @@ class Screen:
         fun = named_loss(loss, self.target.classes)
         objective: Objective = Carried(self.lockstep, self.y, fun, self.settled, rows=self.rows)
         if among is not None:
-            objective = LogitLoss(self.solved, self.y, fun, warm=True)
+            objective = LogitLoss(self.solved, self.y, fun, warm=True, rows=self.rows)
         self.ledger.sign(name)
         ascend(objective, AutoPGD(self.x[samples], self.threat, STEPS), STEPS, lanes, self.ledger)
 

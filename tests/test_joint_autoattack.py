@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from attacked import BALL, Centered, attacked, contested
-from robustdeq.attacks._screen import Screen, unreliable
+from robustdeq.attacks._screen import Screen, looked_at_once, unreliable
 from robustdeq.attacks.autoattack import AutoAttack
 from torch import Tensor, nn
 
@@ -61,6 +61,27 @@ def test_every_component_finds_and_signs() -> None:
     out = screen.run()
     assert {"apgd-ce"} <= set(out.made_by) <= {"apgd-ce", "apgd-t", "fab-t", "square", ""}
     assert not any(BALL.violations(x, out.x))
+
+
+def test_looks_take_fewer_rows_where_each_brings_much_of_its_own() -> None:
+    small, large = Centered(), robustdeq.load_model("Madry2018Towards_deq", dataset="mnist")
+    x, image = torch.rand(2, 1, 3, 3), torch.rand(2, 1, 28, 28)
+    assert looked_at_once(Target(small, 4), Dynamics(small), x) == 256
+    rows = looked_at_once(Target(large, 10), Dynamics(large), image)
+    assert 32 <= rows < 128
+    assert looked_at_once(Target(large, 10, batch_size=7), Dynamics(large), image) == 7
+
+
+def test_rows_of_one_look_change_no_candidate() -> None:
+    model = Centered()
+    x, y = contested(model, 24)
+    some, all_ = (
+        Screen(
+            Target(model, 4, batch_size=n), Dynamics(model), x, y, BALL, 0, rerun=0.2, queries=99
+        )
+        for n in (5, None)
+    )
+    torch.testing.assert_close(some.run().x, all_.run().x, rtol=0, atol=1e-6)
 
 
 def test_the_estimate_counts_the_reference_where_it_takes_the_engine_s_place(
