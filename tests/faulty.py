@@ -18,6 +18,9 @@ from robustdeq.suite import Suite, parse_suite
 from robustdeq.tables import COST_COLUMNS
 from robustdeq.verdict import Verdict
 
+WHOLE = os.environ.get("ROBUSTDEQ_FAULTS") == "whole"
+"""Whether all of the faults are wanted, as by the tox environment `faults`, or what stands for them
+in the default run."""
 TRICKS = Path(__file__).parent / "faults" / "tricks.py"
 HEAD = """
 name = "faulty"

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from faulty import assert_same_records, keys, run, start, table, tree
+from faulty import WHOLE, assert_same_records, keys, run, start, table, tree
 
-KILLS = int(os.environ.get("ROBUSTDEQ_KILLS", "4"))
-"""In all; the tox environment `faults` wants 50."""
+KILLS = 50 if WHOLE else 4
+"""In all."""
 PARTS = -(-KILLS // 10)
 """Tests that they are spread over, so that workers share them."""
 SUITE = Path(__file__).parent / "small.toml"

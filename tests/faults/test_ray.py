@@ -12,15 +12,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from faulty import assert_same_records, keys, records, run, suite, table, tree, trick
+from faulty import WHOLE, assert_same_records, keys, records, run, suite, table, tree, trick
 
 from robustdeq.errors import StorageError, UsageError
 from robustdeq.running.cluster import Cluster
 from robustdeq.running.run import Options, Tick, run_suite
 
 ray = pytest.importorskip("ray", reason="needs the extra [ray]")
-WHOLE = bool(os.environ.get("ROBUSTDEQ_KILLS"))
-"""Whether all of it is wanted, or what stands for it in the default run."""
 whole = pytest.mark.skipif(not WHOLE, reason="part of 'tox -e faults', each starts a cluster")
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # Ray's own

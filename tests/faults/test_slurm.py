@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from faulty import WHOLE
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = ROOT / "docs" / "robustdeq.sbatch"
@@ -22,9 +23,7 @@ SHIMS = {
 }
 pytestmark = [
     pytest.mark.skipif(not SCRIPT.exists(), reason="needs the checkout"),
-    pytest.mark.skipif(
-        not os.environ.get("ROBUSTDEQ_KILLS"), reason="part of 'tox -e faults', starts a cluster"
-    ),
+    pytest.mark.skipif(not WHOLE, reason="part of 'tox -e faults', starts a cluster"),
 ]
 pytest.importorskip("ray", reason="needs the extra [ray]")
 
