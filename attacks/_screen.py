@@ -43,8 +43,6 @@ LOOKS = 40
 """By which state and adjoint must have settled at a clean input."""
 SETTLED = 0.05
 """Relative change at which they have not."""
-
-
 _NUMBERS = 2**17
 """In the states of one look, on a processor: more rows save no time, but take memory."""
 _FEWEST = 32
@@ -103,6 +101,7 @@ class Screen:
 
     Args:
         rerun: the share of the survivors that is run again.
+        updates: evaluations and products per step of APGD and FAB; Square decides for itself.
     """
 
     def __init__(
@@ -115,13 +114,15 @@ class Screen:
         seed: int,
         *,
         rerun: float,
+        updates: int = 1,
         queries: int = QUERIES,
     ) -> None:
         self.target, self.threat, self.seed = target, threat, seed
         self.rerun, self.queries = rerun, queries
         self.rows = looked_at_once(target, dynamics, x)
         self.x, self.y = x, y
-        self.lockstep = Lockstep(replace(dynamics, model=channels_last(dynamics.model, x)))
+        model = channels_last(dynamics.model, x)
+        self.lockstep = Lockstep(replace(dynamics, model=model), updates)
         self.solved = target.through(Implicit(SOLVED), solver=SOLVED)
         self.ledger = Ledger(target, x, y)
         parts = zip(*map(self.lockstep.settled, x.split(self.rows)), strict=True)

@@ -74,6 +74,8 @@ class AutoAttack:
             on solved states.
         fallback: whether the reference runs where the joint engine cannot; if not, models that it
             is not for are left alone.
+        updates: evaluations of the cell, and products with its Jacobian, per step of the joint
+            engine.
         draw: added to the suite's seed, for a second run with other random numbers.
     """
 
@@ -84,6 +86,7 @@ class AutoAttack:
     engine: Literal["reference", "joint"] = "reference"
     rerun: float = 0.15
     fallback: bool = True
+    updates: int = 1
     draw: int = 0
 
     def __post_init__(self) -> None:
@@ -97,6 +100,8 @@ class AutoAttack:
                 "autoattack has engine='reference', fallback=False; leave fallback out, or give "
                 "engine='joint'."
             )
+        if self.updates < 1:
+            raise UsageError(f"autoattack has updates={self.updates}; give at least 1.")
         if not 0 <= self.rerun <= 1:
             raise UsageError(f"autoattack has rerun={self.rerun}; give a share from 0 to 1.")
 
@@ -129,7 +134,8 @@ class AutoAttack:
         calls = [_CALLS[name] for name in self.components(classes)]
         draws = 20 if self.version == "rand" else 1
         restarts = 5 if self.version == "plus" else 1
-        factor = draws * restarts * (_JOINT_SHARE if self.engine == "joint" else 1.0)
+        share = _JOINT_SHARE * self.updates if self.engine == "joint" else 1.0
+        factor = draws * restarts * share
         return Budget(
             int(sum(c.forward for c in calls) * factor),
             int(sum(c.backward for c in calls) * factor),
@@ -147,7 +153,9 @@ class AutoAttack:
                 reason = unreliable(Lockstep(dynamics), x, y)
             if dynamics is not None and not reason:
                 seed = rng.seed + self.draw
-                return Screen(target, dynamics, x, y, threat, seed, rerun=self.rerun).run()
+                return Screen(
+                    target, dynamics, x, y, threat, seed, rerun=self.rerun, updates=self.updates
+                ).run()
             if not self.fallback:
                 return Candidates(x, ("",) * len(x), (f"{ENGINE_LEFT_OUT}: {reason}",))
             notes = (f"{ENGINE_LEFT_OUT}, the reference ran: {reason}",)

@@ -98,6 +98,22 @@ def test_the_estimate_counts_the_reference_where_it_takes_the_engine_s_place(
     assert seconds["joint", "deq"] < 0.5 * seconds["reference", "deq"]
 
 
+def test_more_updates_cost_more_and_end_at_the_same_verdict() -> None:
+    model = Centered()
+    x, y = contested(model, 24)
+    robust, cost = [], []
+    for updates in (1, 3):
+        with metered() as meter:
+            found = attacked(
+                AutoAttack(engine="joint", updates=updates), Target(model, 4), x, y, BALL
+            )
+        with torch.no_grad():
+            robust.append(model(found).argmax(1) == y)
+        cost.append(meter.backward)
+    assert torch.equal(*robust)
+    assert 1.5 * cost[0] < cost[1]
+
+
 class TwoBasins(EquilibriumClassifier):
     """z = tanh(4 z + u): two states answer to a small u, and 0 leads to the one of u's sign.
 

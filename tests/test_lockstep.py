@@ -56,16 +56,31 @@ def test_the_gradient_has_the_size_of_the_loss_and_the_adjoint_has_not(
     assert bool(flat.state.adjoint.isfinite().all())
 
 
-def test_a_look_is_one_evaluation_and_one_product(toy: ToyEquilibrium, toy_images: Tensor) -> None:
+def test_a_look_is_as_many_evaluations_and_products_as_updates(
+    toy: ToyEquilibrium, toy_images: Tensor
+) -> None:
     state = Dynamics(toy).start(toy_images)
     n = len(toy_images)
     for updates in (1, 3):
         with metered() as meter:
             Lockstep(Dynamics(toy), updates).look(toy_images, state, logsumexp)
-        assert (meter.forward, meter.backward) == (updates * n, n)
+        assert (meter.forward, meter.backward) == (updates * n, updates * n)
     with metered() as meter:
         Lockstep(Dynamics(toy)).glance(toy_images, state, 4)
     assert (meter.forward, meter.backward) == (4 * n, 0)
+
+
+def test_more_updates_come_nearer_in_one_look(toy: ToyEquilibrium, toy_images: Tensor) -> None:
+    _, dense = toy.dense_gradient(toy_images)
+    state = Dynamics(toy).start(toy_images)
+    errors = [
+        float(
+            (Lockstep(Dynamics(toy), k).look(toy_images, state, logsumexp).gradient - dense).norm()
+        )
+        for k in (1, 4, 16, 64)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-6 * errors[0]
 
 
 def test_glances_converge_and_leave_the_adjoint(toy: ToyEquilibrium, toy_images: Tensor) -> None:

@@ -62,7 +62,8 @@ class Lockstep:
 
     Attributes:
         dynamics: the model, and how far state and adjoint move at a step.
-        updates: evaluations per look. All but the last one are of the state alone.
+        updates: evaluations of the cell per look, and products with its Jacobian, which are all at
+            the last state.
     """
 
     dynamics: Dynamics
@@ -97,13 +98,19 @@ class Lockstep:
                 losses.sum(), read, allow_unused=True, materialize_grads=True
             )
             size = _lengths(slope)
-            carried = slope / size + state.adjoint
-            adjoint, gradient = torch.autograd.grad(
-                image, (z, x), carried, allow_unused=True, materialize_grads=True
+            unit, adjoint = slope / size, state.adjoint
+            for _ in range(self.updates - 1):
+                (product,) = torch.autograd.grad(
+                    image, z, unit + adjoint,
+                    retain_graph=True, allow_unused=True, materialize_grads=True,
+                )  # fmt: skip
+                adjoint = self._next_adjoint(adjoint, product)
+            product, gradient = torch.autograd.grad(
+                image, (z, x), unit + adjoint, allow_unused=True, materialize_grads=True
             )
         following = JointState(
             finite(self._damped(z, image, self.dynamics.damping).detach()),
-            finite(self._damped(state.adjoint, adjoint, self.dynamics.adjoint_damping).detach()),
+            self._next_adjoint(adjoint, product),
         )
         residual = relative_residual(image.detach(), z.detach())
         gradient = (gradient * size.view(-1, *[1] * (x.dim() - 1))).to(x)
@@ -130,6 +137,9 @@ class Lockstep:
         moved = finite(self._damped(z, image, self.dynamics.damping))
         residual = relative_residual(image, z)
         return Glance(JointState(moved, state.adjoint), model.readout(image), residual)
+
+    def _next_adjoint(self, before: Tensor, product: Tensor) -> Tensor:
+        return finite(self._damped(before, product, self.dynamics.adjoint_damping).detach())
 
     @staticmethod
     def _damped(before: Tensor, after: Tensor, damping: float) -> Tensor:

@@ -1,6 +1,7 @@
 """Of damaged inputs of each kind none ends in a traceback, and none in another table.
 
-200 of a kind, or 50 in the default run. They are honest ones with bytes flipped, cut, doubled or replaced, and texts that are made up.
+200 of a kind, or 50 in the default run. They are honest ones with bytes flipped, cut, doubled or
+replaced, and texts that are made up.
 """
 
 from __future__ import annotations
