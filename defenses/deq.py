@@ -39,7 +39,7 @@ class DEQ:
         width: channels of the state (units, for small images).
         inner: channels between A and B.
         halvings: strided convolutions of the stem.
-        gain: Lipschitz bound of the cell: below 1 a contraction, above it one only if it so turns out.
+        gain: Lipschitz bound of the cell: below 1 it is a contraction, above it may be one.
         solver: the deployed solver.
         tolerance: its relative residual; also that of the adjoint solve.
         max_steps: its limit; also that of the adjoint solve.
