@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
@@ -285,12 +285,14 @@ def adjusted(
     threat: str | None = None,
     curves: bool = False,
     autoattack: str | None = None,
+    added: Collection[str] = (),
 ) -> Suite:
     """The suite with the command line's samples, battery and choice of rows in place of its own.
 
     Args:
         autoattack: the engine of AutoAttack, in place of the suite's.
         only: a regular expression; rows in whose ID it is found stay.
+        added: IDs of rows that stay whatever `only` says: they were asked for by name.
         threat: in place of the suite's threats; rows that have their own stay if it is among them.
         curves: sanity curves, also where the suite does not ask for them.
 
@@ -311,12 +313,13 @@ def adjusted(
     if threat is not None:
         suite = _under(suite, str(Threat.parse(threat)))
     if only is not None:
-        chosen = tuple(e for e in suite.defenses if pattern(only).search(e.id))
-        if not chosen:
+        found = {e.id for e in suite.defenses if pattern(only).search(e.id)}
+        if not found:
             ids = ", ".join(e.id for e in suite.defenses[:5])
             raise UsageError(
                 f"--only {only!r} is found in no row of suite {suite.name} ({ids}...)."
             )
+        chosen = tuple(e for e in suite.defenses if e.id in found or e.id in added)
         suite = replace(suite, defenses=chosen)
     return suite
 

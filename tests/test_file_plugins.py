@@ -297,6 +297,23 @@ def test_training_a_file_gives_weights_that_run_takes(
     assert code == 0, text + err
 
 
+def test_only_chooses_among_the_suites_rows_and_leaves_those_that_were_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite_in(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    run = ["run", "digits", "--samples", "2", "--estimate", "--plugin", "mine.py"]
+    chosen = ["--only", "^Standard_feedforward$"]
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, err = command([*run, *chosen], monkeypatch, capsys)
+    assert code == 0, err
+    rows = [line.split("│")[1].strip() for line in out.splitlines() if line.startswith("│")]
+    assert rows == ["Standard_feedforward", "Mine"]
+    code, _, err = command([*run, "--only", "nowhere"], monkeypatch, capsys)
+    assert code == 2
+    assert "is found in no row" in err
+
+
 RECIPE = """
 from dataclasses import dataclass
 from robustdeq.training.clean import Clean

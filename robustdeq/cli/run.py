@@ -30,7 +30,10 @@ def run(
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Test samples per row.")] = None,
     only: Annotated[
-        str | None, typer.Option(help="Rows in whose ID this regular expression is found.")
+        str | None,
+        typer.Option(
+            help="Rows in whose ID this regular expression is found; and those of --plugin."
+        ),
     ] = None,
     threat: Annotated[
         str | None, typer.Option(help="In place of the suite's, as in Linf:0.1.")
@@ -87,7 +90,9 @@ def run(
         raise UsageError(f"--workers is {workers}; give at least 1.")
     more = additions(plugin or [])
     wide = more.rows_in(find_suite(suite))
-    chosen = more.attacks_in(adjusted(wide, samples, battery, only, threat, curves, autoattack))
+    added = {entry.id for entry in more.defenses}
+    narrow = adjusted(wide, samples, battery, only, threat, curves, autoattack, added)
+    chosen = more.attacks_in(narrow)
     check_suite(chosen, f"suite {chosen.name} with --plugin" if plugin else f"suite {chosen.name}")
     if loose := unpinned(chosen):
         names = ", ".join(loose[:5]) + (" and others" if len(loose) > 5 else "")
