@@ -339,7 +339,9 @@ def _cells(run: Any) -> list[str]:
         f"`{run['row']}`, {run['data']}{gpu}",
         str(run["threat"]), str(run["cell"]), str(run["images"]),
         f"{run['reference_robust']}, {run['joint_robust']}", f"{run['missed']}, {run['extra']}",
-        f"{run['reseeds_missed']}, {run['reseeds_extra']} ({run['reseeds']})",
+        f"{run['reseeds_missed']}, {run['reseeds_extra']} ({run['reseeds']})"
+        if run["reseeds"]
+        else "not run",
         f"{run['time_ratio']:.1f}", f"{run['evaluations_ratio']:.1f}",
         f"{run['explicit_time_ratio']:.1f}", f"{run['explicit_multiple']:.2f}",
         "" if pd.isna(run["memory_share"]) else f"{run['memory_share']:.2f}",
