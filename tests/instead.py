@@ -319,6 +319,9 @@ INSTEAD = {
     "python benchmarks/side_by_side.py --data mnist --cell small --images 200 --seeds 5": Instead(
         "it takes hours", understood
     ),
+    "python benchmarks/side_by_side.py --row Madry2018Towards_deq_gain2 --images 200": Instead(
+        "it takes hours", understood
+    ),
 }
 """By command, as documents have it."""
 ON_PAGE = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,8 +29,8 @@ def channels_last(model: EquilibriumClassifier, x: Images) -> EquilibriumClassif
         return model
     try:
         twin = copy.deepcopy(model)
-        # mypy: the overload is missing from the stubs of `Module.to`.
-        twin.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        moved: Any = twin  # stubs of older versions of torch lack this way of `Module.to`
+        moved.to(memory_format=torch.channels_last)
         alike = _alike(model, twin, x[:_SAMPLES])
     except Exception:  # whatever a stranger's model makes of being copied
         return model
