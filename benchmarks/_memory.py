@@ -25,9 +25,9 @@ def peak(run: Callable[[], Result], device: torch.device) -> tuple[float | None,
         before = torch.cuda.memory_allocated(device)
         result = run()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20, result
-    before = _begun()
+    resident = _begun()
     result = run()
-    return None if before is None else max(_read("VmHWM") - before, 0) / 1024, result
+    return None if resident is None else max(_read("VmHWM") - resident, 0) / 1024, result
 
 
 def _begun() -> int | None:
