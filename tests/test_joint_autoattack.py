@@ -89,7 +89,7 @@ def test_the_estimate_counts_the_reference_where_it_takes_the_engine_s_place(
 ) -> None:
     monkeypatch.setattr(estimate, "_timed", lambda subject, x: (1.0, 3.0))
     chosen = replace(find_suite("digits"), attacks=())
-    seconds = {}
+    seconds: dict[tuple[str, str], float] = {}
     for engine in ("joint", "reference"):
         some = adjusted(chosen, 4, None, "Madry.*(deq|feedforward)", autoattack=engine)
         rows = estimate.estimate_suite(some, "cpu")
