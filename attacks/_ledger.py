@@ -18,6 +18,10 @@ EVERY = 5
 """Steps between two looks of the deployed predictor at what another view has found."""
 _DRAWS = 9
 """Draws by which a candidate for a randomized model is scored."""
+FRESH = 32
+"""Draws by which one that is to be kept is scored anew: the best of many scores was lucky."""
+SURE = 22
+"""Of them, in how many it must be wrong to end a search; the judge asks for half of its own."""
 _ROUNDING = 1e-5
 """Margins below this share of the largest logit may be rounding: they end no search."""
 
@@ -25,8 +29,9 @@ _ROUNDING = 1e-5
 class Ledger:
     """The candidate of the largest margin of each sample, the clean input to begin with.
 
-    The margin is that of the deployed predictor: cold start, deployed solver. A randomized one is
-    judged by the median over draws.
+    The margin is that of the deployed predictor: cold start, deployed solver. Of a randomized one
+    it is the median over draws, and what looks better than what is held counts by draws of its own:
+    the margin that it has in all but a third of them.
 
     Args:
         confidence: the margin that a candidate must exceed for the search to end.
@@ -79,15 +84,28 @@ class Ledger:
         """
         if not len(samples):
             return self.margin[:0]
-        draws = _DRAWS if self.randomized else 1
-        scored = [self._scored(samples, self._logits(candidates)) for _ in range(draws)]
-        margins, floors = (torch.stack(part).median(0).values for part in zip(*scored, strict=True))
-        self._enter(samples, candidates, margins, floors)
+        if not self.randomized:
+            margins, floors = self._scored(samples, self._logits(candidates))
+            self._enter(samples, candidates, margins, floors)
+            return margins
+        margins, _ = self._over_draws(samples, candidates, _DRAWS, (_DRAWS + 1) // 2)
+        rows = _winners(samples, margins.to(self.margin), self.margin)
+        if len(rows):
+            sure = self._over_draws(samples[rows], candidates[rows], FRESH, FRESH - SURE + 1)
+            self._enter(samples[rows], candidates[rows], *sure)
         return margins
 
     def enter(self, samples: Counts, candidates: Images, logits: Logits) -> None:
         """The same with the deployed predictor's logits at hand."""
         self._enter(samples, candidates, *self._scored(samples, logits.detach()))
+
+    def _over_draws(
+        self, samples: Counts, candidates: Images, draws: int, rank: int
+    ) -> tuple[PerSample, PerSample]:
+        """The same of a randomized model: of so many draws the `rank`-th smallest of either."""
+        scored = [self._scored(samples, self._logits(candidates)) for _ in range(draws)]
+        margins, floors = (torch.stack(part) for part in zip(*scored, strict=True))
+        return margins.kthvalue(rank, 0).values, floors.kthvalue(rank, 0).values
 
     def _scored(self, samples: Counts, logits: Logits) -> tuple[PerSample, PerSample]:
         """Margins, and below what they may be rounding."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
+from robustdeq.attacks._ledger import FRESH, SURE
 from robustdeq.attacks._screen import Screen, unreliable
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
@@ -18,7 +19,7 @@ from robustdeq.equilibrium import Lockstep
 from robustdeq.errors import UsageError
 from robustdeq.interfaces import Access, Budget, Candidates, Scope
 from robustdeq.randomness import SampleRandom
-from robustdeq.shapes import Images, Labels, Mask
+from robustdeq.shapes import Counts, Images, Labels
 from robustdeq.targets import Target
 from robustdeq.threats import Threat
 from robustdeq.verdict import ENGINE_LEFT_OUT
@@ -33,8 +34,6 @@ _COMPONENTS: dict[str, tuple[str, ...]] = {
 _FEWEST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}
 # Square starts from windows of a fifth of the side, which must be a pixel at least.
 _SQUARE_SIDE = 5
-# Draws by which a candidate for a randomized model counts as found: one alone may be luck.
-_DRAWS = 9
 # Model calls per sample that stays robust, measured on AutoAttack standard with 10 classes.
 _CALLS = {
     "apgd-ce": Budget(111, 101),
@@ -225,8 +224,10 @@ def _in_turn(
 ) -> Candidates:
     """Run components one after another, each on what the earlier ones left."""
     best, made_by = x.clone(), [""] * len(x)
-    draws = _DRAWS if _randomized(module, x) else 1
-    robust = ~_fooled(module, x, y, draws)
+    # By one draw alone a candidate for a randomized model may be luck.
+    draws, needed = (FRESH, SURE) if _randomized(module, x) else (1, 1)
+    wrong = _times_wrong(module, x, y, draws)
+    robust = wrong < needed
     for name in components:
         rows = robust.nonzero().squeeze(1)
         if not len(rows):
@@ -235,14 +236,16 @@ def _in_turn(
             found = _component(library, name, seed)(x[rows].clone(), y[rows].clone()).detach()
         # A NaN image is classified as something else by most models; it is no example.
         finite = found.flatten(1).isfinite().all(1)
-        broken = _fooled(module, found, y[rows], draws) & finite
+        times = _times_wrong(module, found, y[rows], draws)
+        better = (times > wrong[rows]) & finite
         # Kept as the candidate unless a later component does better, so that the judge sees that
         # this one failed and never counts the sample as having withstood it.
-        taken = broken | ~finite
+        taken = better | (~finite & (2 * wrong[rows] <= draws))
         best[rows[taken]] = found[taken].to(best)
-        for row in rows[broken].tolist():
+        wrong[rows[better]] = times[better]
+        for row in rows[better & (2 * times > draws)].tolist():
             made_by[row] = name
-        robust[rows[broken]] = False
+        robust[rows[better & (times >= needed)]] = False
     return Candidates(best, tuple(made_by))
 
 
@@ -254,10 +257,9 @@ def _randomized(module: nn.Module, x: Images) -> bool:
 
 
 @torch.no_grad()
-def _fooled(module: nn.Module, x: Images, y: Labels, draws: int) -> Mask:
-    """Which inputs most of so many passes take for another class."""
-    wrong = torch.stack([module(x).argmax(1) != y for _ in range(draws)])
-    return 2 * wrong.sum(0) > draws
+def _times_wrong(module: nn.Module, x: Images, y: Labels, draws: int) -> Counts:
+    """In how many of so many passes each input is taken for another class."""
+    return torch.stack([module(x).argmax(1) != y for _ in range(draws)]).sum(0)
 
 
 def _component(library: Any, name: str, seed: int) -> Callable[[Tensor, Tensor], Tensor]:

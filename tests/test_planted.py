@@ -21,6 +21,9 @@ from robustdeq.verdict import Verdict
 
 SLACK = 0.02 + 1e-9
 """Of robust accuracy, on 200 images: four of them (and what floats add)."""
+CHANCE = 0.02
+"""More where answers are random: oracle and judge decide by 32 draws each, and of a sample that is
+wrong in about half of them they say this or that. Seeds 0 to 3 of the verdict are 0.05 apart."""
 QUICK = {("apgd", "deterministic"), ("search", "randomized")}
 FIRST = (QUICK, {*QUICK, ("search", "deterministic")})
 """Parts of the battery, by attack and track, that are tried alone before the rest: what falls to a
@@ -67,7 +70,7 @@ def test_planted_defect_is_flagged_and_broken(defect: Defect) -> None:
     entries = battery("adaptive")
     parts = [[e for e in entries if (e.attack, e.track) in some] for some in FIRST]
     parts.append([e for e in entries if e.attack not in COSTLY])
-    bound = defect.oracle(*images()) + SLACK
+    bound = defect.oracle(*images()) + SLACK + CHANCE * (defect.tracks == ("randomized",))
     verdict = verdict_of(defect, SAMPLES, attacks=parts[0])
     assert named(verdict.flags) & set(defect.flags), verdict.flags
     assert verdict.track in defect.tracks
