@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -140,35 +141,40 @@ class Screen:
         self._fab(goals)
         self._square()
         near = self._near()
-        nearest = near[: -(-len(near) // 3)]
-        for draw, among in enumerate([near] + [nearest] * _DRAWS):
-            self._apgd("apgd-ce", "ce", none, among=among, draw=draw)
-            if classes > 3:
-                self._apgd("apgd-t", "targeted_dlr", goals, among=among, draw=draw)
+        again = [near] + [near[: -(-len(near) // 3)]] * _DRAWS
+        self._apgd("apgd-ce", "ce", none, again=again)
+        if classes > 3:
+            self._apgd("apgd-t", "targeted_dlr", goals, again=again)
         # A random search fails by bad luck as well, and of these samples nothing is certain.
         self._square(among=near, draw=1)
         return ledger.candidates()
 
-    def _apgd(
-        self, name: str, loss: str, goals: Tensor, *, among: Counts | None = None, draw: int = 0
-    ) -> None:
-        """One component: screened, or on solved states `among` some samples; see `_starts`."""
-        rows = self.ledger.open()
+    def _apgd(self, name: str, loss: str, goals: Tensor, *, again: Sequence[Counts] = ()) -> None:
+        """One component: screened, or on solved states.
+
+        Args:
+            again: for the second run, of each draw of starts the samples; all side by side.
+        """
+        open_ = self.ledger.open()
         # The second run replays the first one's starts, which were drawn for all open samples.
-        drawn = self.drawn.setdefault(name, rows)
-        if among is not None:
-            # In the order of the samples, as the starts are drawn.
-            rows = among[self.ledger.unsettled(among)].sort().values
-        if not len(rows):
+        drawn = self.drawn.setdefault(name, open_)
+        # In the order of the samples, as the starts are drawn.
+        chosen = [among[self.ledger.unsettled(among)].sort().values for among in again]
+        runs = [
+            Lanes(*side_by_side(goals, rows), self._starts(goals.shape[1], drawn, rows, draw))
+            for draw, rows in enumerate(chosen or [open_])
+            if len(rows)
+        ]
+        if not runs:
             return
-        samples, classes = side_by_side(goals, rows)
-        lanes = Lanes(samples, classes, self._starts(goals.shape[1], drawn, rows, draw))
+        lanes = Lanes(*map(torch.cat, zip(*runs, strict=True)))
         fun = named_loss(loss, self.target.classes)
         objective: Objective = Carried(self.lockstep, self.y, fun, self.settled, rows=self.rows)
-        if among is not None:
+        if again:
             objective = LogitLoss(self.solved, self.y, fun, warm=True, rows=self.rows)
         self.ledger.sign(name)
-        ascend(objective, AutoPGD(self.x[samples], self.threat, STEPS), STEPS, lanes, self.ledger)
+        rule = AutoPGD(self.x[lanes.samples], self.threat, STEPS)
+        ascend(objective, rule, STEPS, lanes, self.ledger)
 
     def _starts(self, goals: int, drawn: Counts, rows: Counts, draw: int) -> Images:
         """The reference's: one draw for all samples of `drawn`, for each goal in turn.

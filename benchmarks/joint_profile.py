@@ -48,7 +48,7 @@ class Profiled(Screen):
         return super().run()
 
     def _apgd(self, name: str, *args: Any, **options: Any) -> None:
-        again = options.get("among") is not None
+        again = "again" in options
         with self._kept(f"{name}, second run" if again else name):
             super()._apgd(name, *args, **options)
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import sys
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
 from robustdeq.errors import UsageError, sentence, unknown
@@ -45,6 +48,28 @@ def registered(kind: Kind) -> dict[str, Registered]:
 
     Raises:
         UsageError: if two distributions register the same name, or one a name that is none.
+    """
+    return dict(_found(kind, _places()))
+
+
+def _places() -> tuple[tuple[str, int], ...]:
+    """Where distributions are looked for, and when each folder last changed."""
+    return tuple((place, _changed(place)) for place in sys.path)
+
+
+def _changed(place: str) -> int:
+    try:
+        return Path(place).stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+@lru_cache(maxsize=16)
+def _found(kind: Kind, places: tuple[tuple[str, int], ...]) -> dict[str, Registered]:
+    """See `registered`. Reading what distributions offer takes long, and suites ask often.
+
+    Args:
+        places: what has changed once these have is read anew.
     """
     found: dict[str, Registered] = {}
     for entry in metadata.entry_points(group=f"robustdeq.{kind}s"):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import acme
@@ -22,6 +23,19 @@ def test_a_strangers_plugin_stands_beside_the_built_in_ones(
     acme.install(tmp_path, monkeypatch)
     assert registered("defense")["acme"].distribution == "acme-defenses"
     assert parameters_of(load("defense", "acme", {"trick": "nan"})) == {"trick": "nan"}
+
+
+def test_what_is_installed_or_removed_later_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What distributions offer is read once, until a folder of theirs changes."""
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "acme" not in registered("defense")
+    acme.register(tmp_path, "acme-defenses", acme.ENTRY_POINTS, "acme_plugins", acme.PLUGINS)
+    assert "acme" in registered("defense")
+    (info,) = tmp_path.glob("*.dist-info")
+    shutil.rmtree(info)
+    assert "acme" not in registered("defense")
 
 
 def test_a_plugin_that_does_not_import_stops_with_its_name_distribution_and_cause(
