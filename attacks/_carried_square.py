@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import torch
 from robustdeq.attacks._doubt import ROUNDING, STEPS, Doubt, calibrated, estimated
+from robustdeq.attacks._flight import Flight, Won
 from robustdeq.attacks._ledger import ROWS, Ledger
 from robustdeq.attacks._losses import margin
 from robustdeq.attacks._square import Proposals
 from torch import Tensor
 
 from robustdeq.equilibrium import JointState, Lockstep, take_rows
-from robustdeq.shapes import Counts, Images, Logits, Mask, PerSample
+from robustdeq.shapes import Counts, Logits, Mask, PerSample
 
 _PAIRS = 256
 """Candidates that are looked at together: as many of each row as make this number."""
-_AHEAD = 16
+_AHEAD = 64
 """Most candidates of one row that are looked at together."""
+_FADING = 0.9
+"""What the shares of earlier candidates count for, at each launch."""
 _WASTE = 0.125
 """Share of the candidates that may be in vain because an earlier one of the row was taken."""
 _REFRESH = 25
@@ -41,7 +44,7 @@ class CarriedSquare:
     wrong. What seems to fool is put to the deployed predictor, cold, whose margin then counts.
 
     Several candidates of a row are looked at together, all from the same best point; the first
-    that is taken makes the later ones void, so the search is the sequential one.
+    that is taken makes the later ones void, so the search is the sequential one. See `Flight`.
 
     Args:
         settled: state of each row to begin with.
@@ -68,21 +71,25 @@ class CarriedSquare:
         self.best = torch.full_like(self.scale, torch.inf)
         self.asked = torch.zeros_like(samples)
         self.due = torch.full_like(samples, torch.iinfo(samples.dtype).max)
-        self.taken = 0.5
+        self.taken, self.launched = 0.5, 1.0
 
     @torch.no_grad()
     def run(self) -> None:
         """All queries; the ledger is offered what fools, and in the end all best points."""
         everything = torch.arange(len(self.samples), device=self.samples.device)
-        best, z = self._decided(self.x, everything, torch.ones_like(self.samples, dtype=torch.bool))
-        self.best, self.z = self._confirmed(everything, best), z
+        best, self.z = self._solved(everything)
+        self.best = self._confirmed(everything, best)
         self._look_at(self._live(), _FIRST)
         self._calibrate(self._live())
-        while len(rows := self._live()):
-            self._round(rows)
-            due = ((self.due <= self.asked) & (self.best > 0)).nonzero().squeeze(1)
-            if len(due) >= max(_TOGETHER, len(rows) // 4):
-                self._look_at(due, 1)
+        flight = Flight(self.lockstep, self.y, self.doubt, self.most)
+        while True:
+            live, busy = self._live(), flight.busy()
+            if not len(live) and not bool(busy.any()):
+                break
+            self._launch(flight, live[~busy[live]], len(live))
+            flight.step(self.best, self.scale)
+            self._land(flight)
+            self._refresh(len(live), flight.busy())
         left = self.ledger.unsettled(self.samples)
         self.ledger.offer(self.samples[left], self.x[left])
 
@@ -100,70 +107,74 @@ class CarriedSquare:
         state = JointState(self.z[rows], self.adjoint[rows])
         self.doubt = calibrated(self.lockstep, state, images, self.y[rows], self.scale[rows])
 
-    def _round(self, live: Counts) -> None:
-        """The next candidates of the rows."""
-        depth = min(_AHEAD, max(1, _PAIRS // len(live)), max(1, int(2 * _WASTE / self.taken)))
-        ahead = torch.arange(depth, device=live.device).repeat(len(live))
-        rows = live.repeat_interleave(depth)
-        queries = self.asked[rows] + ahead
-        kept = queries < self.offered.queries
-        rows, queries = rows[kept], queries[kept]
-        images = self.offered.at(rows, queries, self.x[rows])
-        moved = (images != self.x[rows]).flatten(1).any(1).nonzero().squeeze(1)
-        self.asked[live] = (self.asked[live] + depth).clamp_max(self.offered.queries)
-        rows, queries, images = rows[moved], queries[moved], images[moved]
-        audited = (queries + self.samples[rows]) % _AUDIT == 0
-        found, z = self._decided(images, rows, audited)
-        first = _first(rows, found < self.best[rows])
-        self._take(rows[first], queries[first], images[first], found[first], z[first])
-        share = len(first) / (len(live) * depth)
-        self.taken = max(0.9 * self.taken + 0.1 * share, 1e-3)
+    def _launch(self, flight: Flight, rows: Counts, live: int) -> None:
+        """The next candidates of rows that have none under way.
 
-    def _take(
-        self, rows: Counts, queries: Counts, images: Images, found: PerSample, z: Tensor
-    ) -> None:
-        """Make candidates the best points of their rows."""
+        Args:
+            live: rows whose search goes on, these and others.
+        """
+        if not len(rows):
+            return
+        share = max(self.taken / self.launched, 1e-3)
+        depth = min(_AHEAD, max(1, _PAIRS // live), max(1, int(2 * _WASTE / share)))
+        self.launched = _FADING * self.launched + depth * len(rows)
+        self.taken *= _FADING
+        ahead = torch.arange(depth, device=rows.device).repeat(len(rows))
+        each = rows.repeat_interleave(depth)
+        queries = self.asked[each] + ahead
+        kept = queries < self.offered.queries
+        each, queries = each[kept], queries[kept]
+        images = self.offered.at(each, queries, self.x[each])
+        self.asked[rows] = (self.asked[rows] + depth).clamp_max(self.offered.queries)
+        moved = (images != self.x[each]).flatten(1).any(1).nonzero().squeeze(1)
+        if len(moved):
+            each, queries = each[moved], queries[moved]
+            state = JointState(self.z[each], self.adjoint[each])
+            audited = (queries + self.samples[each]) % _AUDIT == 0
+            flight.launch(each, queries, images[moved], audited, state)
+
+    def _land(self, flight: Flight) -> None:
+        """What won becomes the best point of its row."""
+        won = flight.landed()
+        if won is not None and len(won.rows):
+            self.taken += len(won.rows)
+            self._take(won)
+
+    def _refresh(self, live: int, busy: Mask) -> None:
+        """Look afresh at best points that have moved, once enough of them wait for it."""
+        due = ((self.due <= self.asked) & (self.best > 0) & ~busy).nonzero().squeeze(1)
+        if len(due) >= max(_TOGETHER, live // 4):
+            self._look_at(due, 1)
+
+    def _take(self, won: Won) -> None:
+        """Make candidates the best points of their rows, one of each."""
+        rows = won.rows
         before = self.x[rows]
-        self.x[rows] = images
-        confirmed = self._confirmed(rows, found)
+        self.x[rows] = won.images
+        confirmed = self._confirmed(rows, won.found)
         worse = (confirmed >= self.best[rows]) & (confirmed > 0)
         self.x[rows[worse]] = before[worse]
-        self.asked[rows] = queries + 1
+        self.asked[rows] = won.queries + 1
         rows, better = rows[~worse], ~worse
-        self.best[rows], self.z[rows] = confirmed[better], z[better].to(self.z)
+        self.best[rows], self.z[rows] = confirmed[better], won.z[better].to(self.z)
         self.due[rows] = torch.minimum(self.due[rows], self.asked[rows] + _REFRESH)
 
-    def _decided(self, images: Images, rows: Counts, audited: Mask) -> tuple[PerSample, Tensor]:
-        """Margins, as exact as the decision needs them, and the states that they are of."""
-        parts = [
-            self._part(images[part], rows[part], audited[part])
-            for part in torch.arange(len(rows), device=rows.device).split(self.most)
-        ]
-        if not parts:
-            return self.best[:0], self.z[:0]
-        return torch.cat([found for found, _ in parts]), torch.cat([z for _, z in parts])
-
-    def _part(self, images: Images, rows: Counts, audited: Mask) -> tuple[PerSample, Tensor]:
-        best, y, scale = self.best[rows], self.y[rows], self.scale[rows]
-        state = JointState(self.z[rows], self.adjoint[rows])
-        found, end = torch.full_like(best, torch.inf), state.z.clone()
-        ended = torch.zeros_like(audited)
-        left = torch.arange(len(rows), device=rows.device)
-        injection = self.lockstep.injection(images, state)
-        for _ in range(STEPS):
-            estimate = estimated(self.lockstep, injection, state, y[left], scale[left])
-            found[left], end[left] = estimate.margins, estimate.state.z
-            gap, doubt = estimate.margins - best[left], self.doubt(estimate.residual)
-            ended[left] |= gap > doubt
-            decided = (gap.abs() > doubt) & ~audited[left]
-            keep = (~decided & (estimate.residual > ROUNDING)).nonzero().squeeze(1)
-            if not len(keep):
-                break
-            left, state = left[keep], estimate.state.take(keep)
-            injection = take_rows(injection, keep)
-        if bool((audited & ended & (found < best)).any()):
-            self.doubt.grow()
-        return found, end
+    def _solved(self, rows: Counts) -> tuple[PerSample, Tensor]:
+        """Margins and states of the best points of all rows, solved to the end."""
+        found, z = torch.full_like(self.best, torch.inf), self.z.clone()
+        for part in rows.split(self.most):
+            left, state = part, JointState(self.z[part], self.adjoint[part])
+            injection = self.lockstep.injection(self.x[part], state)
+            for _ in range(STEPS):
+                y, scale = self.y[left], self.scale[left]
+                estimate = estimated(self.lockstep, injection, state, y, scale)
+                found[left], z[left] = estimate.margins, estimate.state.z
+                keep = (estimate.residual > ROUNDING).nonzero().squeeze(1)
+                if not len(keep):
+                    break
+                left, state = left[keep], estimate.state.take(keep)
+                injection = take_rows(injection, keep)
+        return found, z
 
     def _look_at(self, rows: Counts, looks: int) -> None:
         """State, adjoint and margin of some rows' best points, afresh."""
@@ -195,12 +206,3 @@ class CarriedSquare:
             margins = self.ledger.offer(self.samples[chosen], self.x[chosen])
             found[claims] = -margins.to(found)
         return found
-
-
-def _first(rows: Counts, better: Mask) -> Counts:
-    """Of each row the first candidate that is better; rows are in order."""
-    chosen = better.nonzero().squeeze(1)
-    own = rows[chosen]
-    new = torch.ones_like(own, dtype=torch.bool)
-    new[1:] = own[1:] != own[:-1]
-    return chosen[new]

@@ -48,7 +48,7 @@ def estimated(
     """
     glance = lockstep.glance_into(injection, state)
     step = (glance.state.z - state.z) / lockstep.dynamics.damping
-    ahead = (state.adjoint * step).flatten(1).sum(1).to(scale) * scale
+    ahead = (state.adjoint * step).sum(tuple(range(1, step.dim()))).to(scale) * scale
     margins = -margins_of(glance.logits, y).to(scale) + torch.nan_to_num(ahead)
     return Estimate(margins, glance.residual.to(scale), glance.state)
 

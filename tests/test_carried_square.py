@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 from attacked import BALL, Centered, contested
+from hypothesis import given
+from hypothesis import strategies as st
 from robustdeq.attacks._carried_square import CarriedSquare
-from robustdeq.attacks._doubt import Doubt, calibrated, estimated
+from robustdeq.attacks._doubt import ROUNDING, Doubt, calibrated, estimated
+from robustdeq.attacks._flight import Flight
 from robustdeq.attacks._ledger import Ledger
 from robustdeq.attacks._losses import margin
 from robustdeq.attacks._reference import reference_class
@@ -46,6 +49,30 @@ class Resting(EquilibriumClassifier):
 
     def readout(self, z: Tensor) -> Tensor:
         return z
+
+
+class Slow(EquilibriumClassifier):
+    """Its margin is an image's mean, reached by halves."""
+
+    def __init__(self) -> None:
+        super().__init__(FixedPoint(tolerance=1e-6, max_steps=60))
+
+    def embed(self, x: Tensor) -> Tensor:
+        mean = x.flatten(1).mean(1)
+        return torch.stack([mean, torch.zeros_like(mean)], 1)
+
+    def cell(self, z: Tensor, injection: Tensor, step: int) -> Tensor:
+        return 0.5 * z + 0.5 * injection
+
+    def readout(self, z: Tensor) -> Tensor:
+        return z
+
+
+class Halved(Doubt):
+    """What is left of a solve of `Slow` from 0, for margins up to 3."""
+
+    def __call__(self, residual: Tensor) -> Tensor:
+        return torch.where(residual <= ROUNDING, 0.0, 3 * residual)
 
 
 def searched(
@@ -188,9 +215,63 @@ def test_an_audit_that_fails_widens_the_bound() -> None:
     search.doubt, search.best = Doubt(1e-6), search.best + 1e-3
     search.adjoint, search.z = search.z * 0 + 1.0, search.z - 0.1
     search.scale = search.scale * 0 + 1e3
-    for audited, factor in ((False, 1e-6), (True, 2e-6)):
-        search._decided(search.x, rows, torch.full_like(rows, audited, dtype=torch.bool))
-        assert search.doubt.factor == factor
+    for audited in (False, True):
+        flight = Flight(search.lockstep, search.y, search.doubt, 5)
+        asked = torch.full_like(rows, audited, dtype=torch.bool)
+        flight.launch(rows, rows, search.x, asked, JointState(search.z, search.adjoint))
+        while bool(flight.busy().any()):
+            flight.step(search.best, search.scale)
+            flight.landed()
+        assert (search.doubt.factor > 1e-6) == audited
+
+
+@given(
+    data=st.data(),
+    most=st.integers(1, 7),
+    best=st.lists(st.floats(-2, 2), min_size=3, max_size=3),
+    waves=st.integers(1, 3),
+)
+def test_rows_land_with_the_first_of_their_candidates_that_is_better(
+    data: st.DataObject, most: int, best: list[float], waves: int
+) -> None:
+    """Whatever flies beside them, and however long any of them takes."""
+    model = Slow()
+    lockstep = Lockstep(Dynamics(model))
+    flight = Flight(lockstep, torch.zeros(3, dtype=torch.long), Halved(1.0), most)
+    held = torch.tensor(best)
+    scale = torch.ones(3)
+    found: dict[int, int] = {}
+    expected: dict[int, int] = {}
+    for wave in range(3):
+        begun = [row for row in range(3) if wave == row % waves]
+        for row in begun:
+            margins = data.draw(st.lists(st.floats(-3, 3), min_size=1, max_size=5))
+            # Ties are decided by rounding.
+            margins = [m for m in margins if abs(m - best[row]) > 0.05]
+            first = [k for k, m in enumerate(margins) if m < best[row]]
+            if not margins:
+                continue
+            if first:
+                expected[row] = first[0]
+            images = torch.tensor(margins).view(-1, 1, 1, 1).expand(-1, 1, 2, 2).contiguous()
+            rows = torch.full((len(margins),), row)
+            state = JointState(torch.zeros(len(margins), 2), torch.zeros(len(margins), 2))
+            audited = torch.arange(len(margins)) % 3 == 0
+            flight.launch(rows, torch.arange(len(margins)), images, audited, state)
+        flight.step(held, scale)
+        _note(flight, found)
+    while bool(flight.busy().any()):
+        flight.step(held, scale)
+        _note(flight, found)
+    assert found == expected
+
+
+def _note(flight: Flight, found: dict[int, int]) -> None:
+    won = flight.landed()
+    if won is not None:
+        for row, query in zip(won.rows.tolist(), won.queries.tolist(), strict=True):
+            assert row not in found
+            found[row] = query
 
 
 def test_a_bound_is_infinite_in_no_case_and_zero_where_solved() -> None:

@@ -27,6 +27,7 @@ from robustdeq.equilibrium.solution import (
     Problem,
     Solve,
     finite,
+    join_rows,
     relative_residual,
     take_rows,
 )
@@ -37,6 +38,6 @@ __all__ = [
     "EquilibriumClassifier", "FixedPoint", "Glance", "Honest", "Implicit", "Injection",
     "Intermediate", "JointAscent", "JointState", "JointStep", "Lockstep", "Look", "Meter",
     "Method", "OneStep", "Phantom", "Problem", "SimultaneousAdjoint", "Solve", "SolveGradient",
-    "Solver", "Unrolled", "Value", "channels_last", "finite", "metered", "parameter_dtype",
-    "relative_residual", "splice", "take_rows",
+    "Solver", "Unrolled", "Value", "channels_last", "finite", "join_rows", "metered",
+    "parameter_dtype", "relative_residual", "splice", "take_rows",
 ]  # fmt: skip

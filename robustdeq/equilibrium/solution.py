@@ -78,11 +78,19 @@ def take_rows(injection: Injection, rows: Tensor) -> Injection:
     return tuple(part.index_select(0, rows) for part in injection)
 
 
+def join_rows(one: Injection, other: Injection) -> Injection:
+    """The rows of two injections of one model, one after another."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.cat([one, other])
+    return tuple(torch.cat([a, b]) for a, b in zip(one, other, strict=True))
+
+
 def relative_residual(fz: Tensor, z: Tensor) -> PerSample:
     """|f(z) - z| / |f(z)| per sample; infinite where that is not a number."""
-    flat = fz.flatten(1)
-    gap = torch.linalg.vector_norm(flat - z.flatten(1), dim=1)
-    return residual_of(gap, torch.linalg.vector_norm(flat, dim=1))
+    # Not flattened: where the channels come last that would be a copy.
+    dims = tuple(range(1, fz.dim()))
+    gap = torch.linalg.vector_norm(fz - z, dim=dims)
+    return residual_of(gap, torch.linalg.vector_norm(fz, dim=dims))
 
 
 def residual_of(gap: PerSample, norm: PerSample) -> PerSample:
