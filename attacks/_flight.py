@@ -37,21 +37,27 @@ class Begun(NamedTuple):
     def take(self, chosen: Counts) -> Begun:
         """Some of them."""
         return Begun(
-            *(part[chosen] for part in self[:4]),
-            take_rows(self.injection, chosen),
-            self.state.take(chosen),
-            self.audited[chosen],
-            self.ended[chosen],
+            rows=self.rows[chosen],
+            queries=self.queries[chosen],
+            looks=self.looks[chosen],
+            images=self.images[chosen],
+            injection=take_rows(self.injection, chosen),
+            state=self.state.take(chosen),
+            audited=self.audited[chosen],
+            ended=self.ended[chosen],
         )
 
     def with_(self, other: Begun) -> Begun:
         """These, then others."""
         return Begun(
-            *map(torch.cat, zip(self[:4], other[:4], strict=True)),
-            join_rows(self.injection, other.injection),
-            JointState(*map(torch.cat, zip(self.state, other.state, strict=True))),
-            torch.cat([self.audited, other.audited]),
-            torch.cat([self.ended, other.ended]),
+            rows=torch.cat([self.rows, other.rows]),
+            queries=torch.cat([self.queries, other.queries]),
+            looks=torch.cat([self.looks, other.looks]),
+            images=torch.cat([self.images, other.images]),
+            injection=join_rows(self.injection, other.injection),
+            state=JointState(*map(torch.cat, zip(self.state, other.state, strict=True))),
+            audited=torch.cat([self.audited, other.audited]),
+            ended=torch.cat([self.ended, other.ended]),
         )
 
 
