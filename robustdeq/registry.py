@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import sys
 import types
 import typing
@@ -16,7 +17,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
 from robustdeq.errors import UsageError, sentence, unknown
@@ -52,20 +52,22 @@ def registered(kind: Kind) -> dict[str, Registered]:
     return dict(_found(kind, _places()))
 
 
-def _places() -> tuple[tuple[str, int], ...]:
-    """Where distributions are looked for, and when each folder last changed."""
-    return tuple((place, _changed(place)) for place in sys.path)
+def _places() -> tuple[tuple[str, ...], ...]:
+    """Where distributions are looked for, each place with those that lie there."""
+    return tuple((place, *_distributions(place)) for place in sys.path)
 
 
-def _changed(place: str) -> int:
+def _distributions(place: str) -> list[str]:
     try:
-        return Path(place).stat().st_mtime_ns
-    except OSError:
-        return 0
+        with os.scandir(place or ".") as entries:
+            names = [entry.name for entry in entries]
+    except OSError:  # no folder
+        return []
+    return sorted(name for name in names if name.endswith((".dist-info", ".egg-info")))
 
 
 @lru_cache(maxsize=16)
-def _found(kind: Kind, places: tuple[tuple[str, int], ...]) -> dict[str, Registered]:
+def _found(kind: Kind, places: tuple[tuple[str, ...], ...]) -> dict[str, Registered]:
     """See `registered`. Reading what distributions offer takes long, and suites ask often.
 
     Args:

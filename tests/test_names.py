@@ -123,7 +123,7 @@ def test_names_of_entry_points_are_plain_or_refused(name: str) -> None:
     entry = Entry(name, "nowhere:X", "robustdeq.defenses")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metadata, "entry_points", lambda group: [entry])
-        patch.setattr(registry, "_places", lambda: ((name, 0),))  # not what was found before
+        patch.setattr(registry, "_places", lambda: ((name,),))  # not what was found before
         held, refusal = attempt(lambda: registered("defense"))
     assert bool(refusal) != is_plugin_name(name)
     if held is None:

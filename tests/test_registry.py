@@ -28,7 +28,7 @@ def test_a_strangers_plugin_stands_beside_the_built_in_ones(
 def test_what_is_installed_or_removed_later_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What distributions offer is read once, until a folder of theirs changes."""
+    """What distributions offer is read once, until there are others."""
     monkeypatch.syspath_prepend(tmp_path)
     assert "acme" not in registered("defense")
     acme.register(tmp_path, "acme-defenses", acme.ENTRY_POINTS, "acme_plugins", acme.PLUGINS)
