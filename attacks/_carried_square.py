@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-from robustdeq.attacks._doubt import ROUNDING, STEPS, Doubt, calibrated, estimated
+from robustdeq.attacks._doubt import Doubt, calibrated, estimated
 from robustdeq.attacks._flight import Flight, Won
 from robustdeq.attacks._ledger import ROWS, Ledger
 from robustdeq.attacks._losses import margin
 from robustdeq.attacks._square import Proposals
-from torch import Tensor
 
-from robustdeq.equilibrium import JointState, Lockstep, take_rows
+from robustdeq.equilibrium import JointState, Lockstep
 from robustdeq.shapes import Counts, Logits, Mask, PerSample
 
 _PAIRS = 256
@@ -76,9 +75,7 @@ class CarriedSquare:
     @torch.no_grad()
     def run(self) -> None:
         """All queries; the ledger is offered what fools, and in the end all best points."""
-        everything = torch.arange(len(self.samples), device=self.samples.device)
-        best, self.z = self._solved(everything)
-        self.best = self._confirmed(everything, best)
+        self._begin()
         self._look_at(self._live(), _FIRST)
         self._calibrate(self._live())
         flight = Flight(self.lockstep, self.y, self.doubt, self.most)
@@ -93,6 +90,22 @@ class CarriedSquare:
         left = self.ledger.unsettled(self.samples)
         self.ledger.offer(self.samples[left], self.x[left])
 
+    def _begin(self) -> None:
+        """States and margins of the first points, each as a candidate before all others."""
+        rows = torch.arange(len(self.samples), device=self.samples.device)
+        flight = Flight(self.lockstep, self.y, self.doubt, self.most)
+        whole = torch.ones_like(rows, dtype=torch.bool)
+        flight.launch(rows, rows.new_full(rows.shape, -1), self.x, whole, self._state(rows))
+        while bool(flight.busy().any()):
+            flight.step(self.best, self.scale)
+            won = flight.landed()
+            if won is not None and len(won.rows):
+                self._take(won)
+
+    def _state(self, rows: Counts) -> JointState:
+        """Of the best points of some rows."""
+        return JointState(self.z[rows], self.adjoint[rows])
+
     def _live(self) -> Counts:
         return ((self.best > 0) & (self.asked < self.offered.queries)).nonzero().squeeze(1)
 
@@ -104,7 +117,7 @@ class CarriedSquare:
         place = torch.arange(len(rows), device=rows.device)
         queries = place * self.offered.queries // len(rows)
         images = self.offered.at(rows, queries, self.x[rows])
-        state = JointState(self.z[rows], self.adjoint[rows])
+        state = self._state(rows)
         self.doubt = calibrated(self.lockstep, state, images, self.y[rows], self.scale[rows])
 
     def _launch(self, flight: Flight, rows: Counts, live: int) -> None:
@@ -129,7 +142,7 @@ class CarriedSquare:
         moved = (images != self.x[each]).flatten(1).any(1).nonzero().squeeze(1)
         if len(moved):
             each, queries = each[moved], queries[moved]
-            state = JointState(self.z[each], self.adjoint[each])
+            state = self._state(each)
             audited = (queries + self.samples[each]) % _AUDIT == 0
             flight.launch(each, queries, images[moved], audited, state)
 
@@ -159,23 +172,6 @@ class CarriedSquare:
         self.best[rows], self.z[rows] = confirmed[better], won.z[better].to(self.z)
         self.due[rows] = torch.minimum(self.due[rows], self.asked[rows] + _REFRESH)
 
-    def _solved(self, rows: Counts) -> tuple[PerSample, Tensor]:
-        """Margins and states of the best points of all rows, solved to the end."""
-        found, z = torch.full_like(self.best, torch.inf), self.z.clone()
-        for part in rows.split(self.most):
-            left, state = part, JointState(self.z[part], self.adjoint[part])
-            injection = self.lockstep.injection(self.x[part], state)
-            for _ in range(STEPS):
-                y, scale = self.y[left], self.scale[left]
-                estimate = estimated(self.lockstep, injection, state, y, scale)
-                found[left], z[left] = estimate.margins, estimate.state.z
-                keep = (estimate.residual > ROUNDING).nonzero().squeeze(1)
-                if not len(keep):
-                    break
-                left, state = left[keep], estimate.state.take(keep)
-                injection = take_rows(injection, keep)
-        return found, z
-
     def _look_at(self, rows: Counts, looks: int) -> None:
         """State, adjoint and margin of some rows' best points, afresh."""
         for part in rows.split(self.most) if len(rows) else ():
@@ -187,7 +183,7 @@ class CarriedSquare:
         def loss(logits: Logits) -> PerSample:
             return -margin(logits, y)
 
-        state = JointState(self.z[rows], self.adjoint[rows])
+        state = self._state(rows)
         for _ in range(looks):
             look = self.lockstep.look(self.x[rows], state, loss)
             state = look.state
