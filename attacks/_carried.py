@@ -5,6 +5,7 @@ from __future__ import annotations
 from robustdeq.attacks._ascent import Reading, States
 from robustdeq.attacks._ledger import ROWS
 from robustdeq.attacks._losses import GoalLoss
+from robustdeq.attacks._rivals import Rivals
 
 from robustdeq.equilibrium import JointState, Lockstep
 from robustdeq.shapes import Counts, Images, Labels, Logits, PerSample
@@ -20,6 +21,7 @@ class Carried:
         settled: state and adjoint of each sample to begin with, at any input near by.
         first: looks at the start of a run, while the adjoint is still that of nothing.
         rows: most rows of one look.
+        rivals: shown all logits.
     """
 
     trusted, warm = True, True
@@ -32,9 +34,11 @@ class Carried:
         settled: JointState,
         first: int = 6,
         rows: int = ROWS,
+        rivals: Rivals | None = None,
     ) -> None:
         self.lockstep, self.y, self.loss = lockstep, y, loss
         self.settled, self.first, self.rows = settled, first, rows
+        self.rivals = rivals
 
     def __call__(self, x: Images, samples: Counts, goals: Labels, states: States) -> Reading:
         """See `Objective`."""
@@ -47,4 +51,6 @@ class Carried:
         for _ in range(looks):
             look = self.lockstep.look(x, state, loss)
             state = look.state
+        if self.rivals is not None:
+            self.rivals.see(samples, look.logits)
         return Reading(look.losses, look.logits, tuple(state), look.gradient)

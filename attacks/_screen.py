@@ -13,6 +13,7 @@ from robustdeq.attacks._carried_fab import CarriedFAB
 from robustdeq.attacks._carried_square import CarriedSquare
 from robustdeq.attacks._ledger import Ledger
 from robustdeq.attacks._losses import cross_entropy, named_loss
+from robustdeq.attacks._rivals import Rivals
 from robustdeq.attacks._square import proposals
 from robustdeq.attacks._starts import side_by_side
 from torch import Tensor
@@ -40,6 +41,8 @@ QUERIES = 5000
 """Of Square in AutoAttack."""
 _DRAWS = 2
 """Further starts of those that came nearest: which of them falls is chance under one seed."""
+_RIVALS = 3
+"""Goals of a sample in the second run: those that it came nearest to, and mostly the first."""
 LOOKS = 40
 """By which state and adjoint must have settled at a clean input."""
 SETTLED = 0.05
@@ -96,9 +99,10 @@ class Screen:
     and random starts, on gradients and logits at one evaluation of the cell, and one product with
     its Jacobian, per step. What claims to be fooled is put to the deployed predictor, cold;
     nothing else ends a sample's search. *Re-run*: the survivors nearest to the boundary face
-    APGD-CE and APGD-T again, from the same starts, with states and adjoints solved
-    to a tolerance at every step; a third of them, the nearest, from other starts too; then all of
-    them Square again, of other random numbers. *Confirm*: the judge, as ever.
+    APGD-CE and APGD-T again, the latter towards the classes that led most in the screen, from the
+    same starts, with states and adjoints solved to a tolerance at every step; a third of them, the
+    nearest, from other starts too; then all of them Square again, of other random numbers.
+    *Confirm*: the judge, as ever.
 
     Args:
         rerun: the share of the survivors that is run again.
@@ -129,6 +133,7 @@ class Screen:
         parts = zip(*map(self.lockstep.settled, x.split(self.rows)), strict=True)
         self.settled = JointState(*map(torch.cat, parts))
         self.drawn: dict[str, Counts] = {}
+        self.rivals = Rivals(y, target.classes)
 
     def run(self) -> Candidates:
         """All components, and the second run of those that came near."""
@@ -160,21 +165,29 @@ class Screen:
         drawn = self.drawn.setdefault(name, open_)
         # In the order of the samples, as the starts are drawn.
         chosen = [among[self.ledger.unsettled(among)].sort().values for among in again]
-        runs = [
-            Lanes(*side_by_side(goals, rows), self._starts(goals.shape[1], drawn, rows, draw))
-            for draw, rows in enumerate(chosen or [open_])
-            if len(rows)
-        ]
-        if not runs:
-            return
+        runs = []
+        for draw, rows in enumerate(chosen or [open_]):
+            starts = self._starts(goals.shape[1], drawn, rows, draw)
+            run = Lanes(*side_by_side(goals, rows), starts)
+            runs.append(run.take(self._nearest(goals, rows)) if again else run)
         lanes = Lanes(*map(torch.cat, zip(*runs, strict=True)))
-        fun = named_loss(loss, self.target.classes)
-        objective: Objective = Carried(self.lockstep, self.y, fun, self.settled, rows=self.rows)
-        if again:
-            objective = LogitLoss(self.solved, self.y, fun, warm=True, rows=self.rows)
+        if not len(lanes.samples):
+            return
         self.ledger.sign(name)
         rule = AutoPGD(self.x[lanes.samples], self.threat, STEPS)
-        ascend(objective, rule, STEPS, lanes, self.ledger)
+        ascend(self._objective(loss, solved=bool(again)), rule, STEPS, lanes, self.ledger)
+
+    def _objective(self, loss: str, *, solved: bool) -> Objective:
+        fun = named_loss(loss, self.target.classes)
+        if solved:
+            return LogitLoss(self.solved, self.y, fun, warm=True, rows=self.rows)
+        return Carried(self.lockstep, self.y, fun, self.settled, rows=self.rows, rivals=self.rivals)
+
+    def _nearest(self, goals: Tensor, rows: Counts) -> Tensor:
+        """Of the lanes of some samples, goal by goal, those towards what came nearest."""
+        if goals.shape[1] <= _RIVALS:
+            return torch.arange(goals.shape[1] * len(rows), device=rows.device)
+        return self.rivals.nearest(rows, goals[rows], _RIVALS).T.flatten().nonzero().squeeze(1)
 
     def _starts(self, goals: int, drawn: Counts, rows: Counts, draw: int) -> Images:
         """The reference's: one draw for all samples of `drawn`, for each goal in turn.

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from attacked import BALL, Centered, attacked, contested
+from robustdeq.attacks import _screen
+from robustdeq.attacks._ascent import Lanes, LogitLoss, ascend
 from robustdeq.attacks._screen import Screen, looked_at_once, unreliable
 from robustdeq.attacks.autoattack import AutoAttack
 from torch import Tensor, nn
@@ -61,6 +63,36 @@ def test_every_component_finds_and_signs() -> None:
     out = screen.run()
     assert {"apgd-ce"} <= set(out.made_by) <= {"apgd-ce", "apgd-t", "fab-t", "square", ""}
     assert not any(BALL.violations(x, out.x))
+
+
+def test_the_second_run_replays_the_starts_of_the_goals_that_it_keeps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = Centered(classes=8)
+    x, y = contested(model, 24)
+    runs: list[tuple[bool, Lanes]] = []
+
+    def noted(objective: Any, rule: Any, steps: int, lanes: Lanes, ledger: Any) -> None:
+        runs.append((isinstance(objective, LogitLoss), lanes))
+        ascend(objective, rule, steps, lanes, ledger)
+
+    monkeypatch.setattr(_screen, "ascend", noted)
+    screen = Screen(Target(model, 8), Dynamics(model), x, y, BALL, 0, rerun=0.9, queries=99)
+    screen.run()
+    first, second = ({}, {})
+    for again, lanes in runs:
+        rows = zip(lanes.samples.tolist(), lanes.goals.tolist(), lanes.start, strict=True)
+        for sample, goal, start in rows:
+            (second if again else first).setdefault((sample, goal), start)
+    targeted = {key: start for key, start in second.items() if key[1] >= 0}
+    samples = {sample for sample, _ in targeted}
+    assert samples
+    for sample in samples:
+        goals = [goal for own, goal in targeted if own == sample]
+        led = screen.rivals.lead[sample].clone()
+        led[int(y[sample])] = -torch.inf
+        assert set(goals) == set(led.topk(3).indices.tolist())
+    assert all(torch.equal(start, first[key]) for key, start in second.items())
 
 
 def test_looks_take_fewer_rows_where_each_brings_much_of_its_own() -> None:
