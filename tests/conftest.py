@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from bundles import finished_run
@@ -32,6 +34,14 @@ def pytest_sessionstart() -> None:
     plugin = Path(inspect.getfile(plugin_class("defense", "deq"))).resolve().parent
     if plugin not in (core / "defenses", core.parent / "defenses"):
         pytest.exit(f"core is {core}, but plugins come from {plugin}; install this checkout again.")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """The same random numbers for a test, whichever tests its process ran before."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
 
 
 @pytest.fixture

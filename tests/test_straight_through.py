@@ -96,7 +96,10 @@ def test_functions_of_torch_show_the_line_of_the_module_where_no_other_code_is(
         def forward(self, x: Tensor) -> Tensor:
             return x.round()
 
-    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 4), Round(), nn.Hardtanh(-1e-9, 1e-9))
+    linear = nn.Linear(16, 4)
+    # What is rounded to 0 is not clamped: all outputs are beyond the bounds.
+    linear.weight.data = torch.arange(1.0, 5.0)[:, None].expand(4, 16)
+    model = nn.Sequential(nn.Flatten(), linear, Round(), nn.Hardtanh(-1e-9, 1e-9))
     found = {i.operation: i.file for i in trace(model, model, images)}
     assert found == {"round": HERE, "hardtanh": "modules/activation.py"}
 
