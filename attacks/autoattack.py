@@ -44,9 +44,10 @@ _CALLS = {
     "square": Budget(5012, 0),
 }
 
-
 # Of them, what the joint engine spends on an equilibrium model; measured on the digits DEQ.
 _JOINT_SHARE = 0.2
+# Parameters that say nothing to the reference.
+_JOINT_ALONE = ("rerun", "fallback", "updates")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,15 +95,20 @@ class AutoAttack:
                 f"autoattack has engine='joint', version={self.version!r}; the joint engine runs "
                 "version 'standard'."
             )
-        if self.engine == "reference" and not self.fallback:
-            raise UsageError(
-                "autoattack has engine='reference', fallback=False; leave fallback out, or give "
-                "engine='joint'."
-            )
+        if self.engine == "reference":
+            self._refuse_what_is_the_joint_engines()
         if self.updates < 1:
             raise UsageError(f"autoattack has updates={self.updates}; give at least 1.")
         if not 0 <= self.rerun <= 1:
             raise UsageError(f"autoattack has rerun={self.rerun}; give a share from 0 to 1.")
+
+    def _refuse_what_is_the_joint_engines(self) -> None:
+        for name in _JOINT_ALONE:
+            if getattr(self, name) != getattr(type(self), name):
+                raise UsageError(
+                    f"autoattack has engine='reference', {name}={getattr(self, name)}; leave "
+                    f"{name} out, or give engine='joint'."
+                )
 
     def fits(self, target: Target) -> bool:
         """Whether it attacks the target at all."""
@@ -111,7 +117,8 @@ class AutoAttack:
     def resolved(self, target: Target) -> AutoAttack:
         """The reference, where it takes the joint engine's place; see `interfaces.Attack`."""
         if self.engine == "joint" and self.fallback and target.dynamics() is None:
-            return replace(self, engine="reference")
+            defaults = {name: getattr(type(self), name) for name in _JOINT_ALONE}
+            return replace(self, engine="reference", **defaults)
         return self
 
     def components(self, classes: int) -> tuple[str, ...]:

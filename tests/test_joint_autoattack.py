@@ -280,7 +280,14 @@ def test_a_suite_and_the_command_line_choose_the_engine() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"engine": "joint", "version": "rand"}, {"rerun": 1.5}, {"rerun": -0.1}, {"fallback": False}],
+    [
+        {"engine": "joint", "version": "rand"},
+        *[{"rerun": share, "engine": "joint"} for share in (1.5, -0.1)],
+        {"updates": 0, "engine": "joint"},
+        {"rerun": 0.2},
+        {"fallback": False},
+        {"updates": 2},
+    ],
 )
 def test_parameters_that_do_not_fit_are_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=f"{next(iter(wrong))}="):
