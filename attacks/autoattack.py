@@ -32,8 +32,6 @@ _COMPONENTS: dict[str, tuple[str, ...]] = {
 }
 # DLR needs the third largest logit, its targeted form the fourth.
 _FEWEST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}
-# Square starts from windows of a fifth of the side, which must be a pixel at least.
-_SQUARE_SIDE = 5
 # Model calls per sample that stays robust, measured on AutoAttack standard with 10 classes.
 _CALLS = {
     "apgd-ce": Budget(111, 101),
@@ -286,15 +284,32 @@ def _component(library: Any, name: str, seed: int) -> Callable[[Tensor, Tensor],
     perturb: Callable[[Tensor, Tensor], Tensor] = attack.perturb
     if name != "square" or attack.norm != "L2":
         return perturb
-    return lambda x, y: perturb(x, y) if x.shape[2] >= _SQUARE_SIDE else _enlarged(attack, x, y)
+    return lambda x, y: perturb(x, y) if _factor(x) == 1 else _enlarged(attack, x, y, _factor(x))
 
 
-def _enlarged(square: Any, x: Images, y: Labels) -> Images:
-    """Square under L2 on an image too small for it: on an enlarged one, its result averaged back.
+def _factor(x: Images) -> int:
+    """The least by which an image must be enlarged for Square under L2 to take it.
+
+    It starts from a grid of windows, a fifth of the height high and wide, with a margin above and
+    to the left. It fails where a window is of less than a pixel, and where one is cut by an edge.
+    """
+    height, width = x.shape[2:]
+    return next(k for k in range(1, 6) if _holds_its_grid(k * height, k * width))
+
+
+def _holds_its_grid(height: int, width: int) -> bool:
+    side = height // 5
+    margin = (height - 5 * side) // 2
+    ends = [margin + side * (length // side) for length in (height, width)] if side else []
+    # Empty windows beyond an edge do no harm where they are of a pixel.
+    return bool(side) and (side == 1 or (ends[0] <= height and ends[1] <= width))
+
+
+def _enlarged(square: Any, x: Images, y: Labels, k: int) -> Images:
+    """Square under L2 on an enlarged image, its result averaged back.
 
     With k x k pixels for one, the ball of radius k epsilon averages into that of radius epsilon.
     """
-    k = -(-_SQUARE_SIDE // x.shape[2])
     attack = copy.copy(square)
     attack.predict = lambda large: square.predict(F.avg_pool2d(large, k))
     attack.eps = k * square.eps

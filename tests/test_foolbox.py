@@ -1,4 +1,4 @@
-"""Attacks of libraries: Foolbox's by name, and Square on images that are too small for it."""
+"""Attacks of libraries: Foolbox's by name, and Square on images that it does not take."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from robustdeq.attacks.autoattack import Square
+from hypothesis import given
+from hypothesis import strategies as st
+from pyautoattack.square import SquareAttack
+from robustdeq.attacks.autoattack import Square, _factor
 from robustdeq.attacks.foolbox import Foolbox, _own_randomness
 from torch import Tensor, nn
 from toys import Linear
@@ -296,12 +299,17 @@ class Detached(nn.Module):
         return self.base(x.detach()).detach()
 
 
-@pytest.mark.parametrize("side", [1, 2, 4, 5])
+SHAPES = [(1, 1), (2, 2), (4, 4), (5, 5), (12, 7), (14, 14)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("classes", [2, 4])
-def test_square_under_l2_on_images_that_are_too_small_for_it(side: int, classes: int) -> None:
-    """At twice the median of the exact radii; as often as on images that are large enough."""
-    base = Linear(3 * side * side, classes)
-    x = 0.4 + 0.2 * torch.rand(24, 3, side, side, generator=torch.Generator().manual_seed(0))
+def test_square_under_l2_on_images_that_it_does_not_take(
+    shape: tuple[int, int], classes: int
+) -> None:
+    """At twice the median of the exact radii; as often as on images of sides 5 and 15."""
+    base = Linear(3 * shape[0] * shape[1], classes)
+    x = 0.4 + 0.2 * torch.rand(24, 3, *shape, generator=torch.Generator().manual_seed(0))
     logits = base(x).detach()
     y = logits.argmax(1)
     length = (base.weight[y][:, None] - base.weight[None]).norm(dim=2)
@@ -309,9 +317,23 @@ def test_square_under_l2_on_images_that_are_too_small_for_it(side: int, classes:
     gap[torch.arange(24), y] = torch.inf
     text = f"L2:{2 * float((gap / length.detach().clamp_min(1e-9)).amin(1).median()):.3f}"
     exact = exactly_robust(base, x, y, Threat.parse(text))
-    left = base(run(Square(queries=300), Detached(base), x, y, text).x).argmax(1) == y
+    queries = 300 if max(shape) <= 5 else 2000
+    left = base(run(Square(queries=queries), Detached(base), x, y, text).x).argmax(1) == y
     assert bool((left >= exact).all())
     assert int(left.sum()) <= 24 - 6
+
+
+@given(st.integers(1, 60), st.integers(1, 60))
+def test_square_under_l2_takes_an_image_that_is_enlarged_as_it_should_be(
+    height: int, width: int
+) -> None:
+    factor = _factor(torch.zeros(1, 1, height, width))
+    square = SquareAttack(
+        lambda x: torch.tensor([[1.0, 0.0]]).expand(len(x), 2),
+        norm="L2", eps=0.1, n_queries=1, device="cpu", verbose=False,
+    )  # fmt: skip
+    x = torch.full((1, 1, factor * height, factor * width), 0.5)
+    square.perturb(x, torch.zeros(1, dtype=torch.long))
 
 
 def test_a_randomized_model_is_not_taken_for_broken_by_one_lucky_draw() -> None:
