@@ -56,6 +56,21 @@ def test_the_verdict_is_the_reference_s(text: str, n: int) -> None:
     assert cost[1] > 3 * cost[0]
 
 
+BORDERLINE = [9, 32, 79, 99, 101, 165, 171, 194, 231, 278]
+"""Of the first 300 images those that stand at Linf:0.184 and fall at Linf:0.191."""
+
+
+def test_verdicts_at_the_boundary_are_the_reference_s() -> None:
+    model, threat = robustdeq.load_model("Madry2018Towards_deq"), Threat.parse("Linf:3/16")
+    x, y = (part[BORDERLINE] for part in digits(300))
+    joint, reference = (
+        model(attacked(attack, Target(model, 10), x, y, threat)).argmax(1) == y
+        for attack in (JOINT, AutoAttack())
+    )
+    assert torch.equal(joint, reference)
+    assert 0 < int(joint.sum()) < len(BORDERLINE)
+
+
 def test_every_component_finds_and_signs() -> None:
     model = Centered()
     x, y = contested(model, 24)
