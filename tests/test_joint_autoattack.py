@@ -94,7 +94,8 @@ def test_the_second_run_replays_the_starts_of_the_goals_that_it_keeps(
     monkeypatch.setattr(_screen, "ascend", noted)
     screen = Screen(Target(model, 8), Dynamics(model), x, y, BALL, 0, rerun=0.9, queries=99)
     screen.run()
-    first, second = ({}, {})
+    first: dict[tuple[int, int], Tensor] = {}
+    second: dict[tuple[int, int], Tensor] = {}
     for again, lanes in runs:
         rows = zip(lanes.samples.tolist(), lanes.goals.tolist(), lanes.start, strict=True)
         for sample, goal, start in rows:
