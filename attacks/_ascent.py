@@ -209,16 +209,18 @@ def ascend(
     for step in range(steps + 1):
         last = step == steps
         point, logits = _looked_at(objective, lanes, current, states, slope=not last)
-        watch.see(step, last, current, logits)
+        scored = watch.see(step, last, current, logits)
         if last:
             return
-        open_rows = ledger.unsettled(lanes.samples)
-        if stop and not ledger.randomized and len(open_rows) < len(current):
+        # Counting rows makes an accelerator wait, and only a score can have settled any.
+        if stop and not ledger.randomized and (scored or step == 0):
+            open_rows = ledger.unsettled(lanes.samples)
             if not len(open_rows):
                 return
-            lanes, point = lanes.take(open_rows), point.take(open_rows)
-            rule.keep(open_rows)
-            watch.keep(open_rows)
+            if len(open_rows) < len(current):
+                lanes, point = lanes.take(open_rows), point.take(open_rows)
+                rule.keep(open_rows)
+                watch.keep(open_rows)
         current, states = rule.advance(step, point)
 
 

@@ -151,16 +151,19 @@ class Watch:
         self.margin = ledger.margin.new_full((len(like),), -torch.inf)
 
     @torch.no_grad()
-    def see(self, step: int, last: bool, current: Images, logits: Logits) -> None:
-        """Look at the iterates of one step."""
+    def see(self, step: int, last: bool, current: Images, logits: Logits) -> bool:
+        """Look at the iterates of one step; whether any were scored."""
         if self.trusted:
             self.ledger.enter(self.samples, current, logits)
-            return
+            return True
         margins = margins_of(logits, self.ledger.y[self.samples]).to(self.margin)
         better = margins > self.margin
-        self.waiting[better], self.margin[better] = current.detach()[better], margins[better]
-        if last or step % EVERY == EVERY - 1:
+        self.waiting = torch.where(better.view(-1, 1, 1, 1), current.detach(), self.waiting)
+        self.margin = torch.where(better, margins, self.margin)
+        due = last or step % EVERY == EVERY - 1
+        if due:
             self._score(last, current, better)
+        return due
 
     def keep(self, rows: Tensor) -> None:
         """Forget all rows but these."""

@@ -18,6 +18,7 @@ from robustdeq.attacks._square import proposals
 from robustdeq.attacks._starts import side_by_side
 from torch import Tensor
 
+from robustdeq.arithmetic import Precision
 from robustdeq.equilibrium import (
     Dynamics,
     FixedPoint,
@@ -25,6 +26,7 @@ from robustdeq.equilibrium import (
     JointState,
     Lockstep,
     channels_last,
+    compiled,
     parameter_dtype,
 )
 from robustdeq.interfaces import Candidates
@@ -107,6 +109,9 @@ class Screen:
     Args:
         rerun: the share of the survivors that is run again.
         updates: evaluations and products per step of APGD and FAB; Square decides for itself.
+        precision: of the screen's gradients. Square, whose estimates compare residuals down to
+            1e-4, the second run and all that is counted are in float32.
+        compile_: whether looks are at a compiled copy of the model.
     """
 
     def __init__(
@@ -120,17 +125,21 @@ class Screen:
         *,
         rerun: float,
         updates: int = 1,
+        precision: Precision = "float32",
+        compile_: bool = False,
         queries: int = QUERIES,
     ) -> None:
         self.target, self.threat, self.seed = target, threat, seed
         self.rerun, self.queries = rerun, queries
         self.rows = looked_at_once(target, dynamics, x)
         self.x, self.y = x, y
-        model = channels_last(dynamics.model, x)
-        self.lockstep = Lockstep(replace(dynamics, model=model), updates)
+        own = replace(dynamics, model=channels_last(dynamics.model, x))
+        looked_at = replace(own, model=compiled(own, x)) if compile_ else own
+        self.lockstep = Lockstep(looked_at, updates)
+        self.quick = replace(self.lockstep, precision=precision)
         self.solved = target.through(Implicit(SOLVED), solver=SOLVED)
         self.ledger = Ledger(target, x, y)
-        parts = zip(*map(self.lockstep.settled, x.split(self.rows)), strict=True)
+        parts = zip(*map(Lockstep(own).settled, x.split(self.rows)), strict=True)
         self.settled = JointState(*map(torch.cat, parts))
         self.drawn: dict[str, Counts] = {}
         self.rivals = Rivals(y, target.classes)
@@ -181,7 +190,7 @@ class Screen:
         fun = named_loss(loss, self.target.classes)
         if solved:
             return LogitLoss(self.solved, self.y, fun, warm=True, rows=self.rows)
-        return Carried(self.lockstep, self.y, fun, self.settled, rows=self.rows, rivals=self.rivals)
+        return Carried(self.quick, self.y, fun, self.settled, rows=self.rows, rivals=self.rivals)
 
     def _nearest(self, goals: Tensor, rows: Counts) -> Tensor:
         """Of the lanes of some samples, goal by goal, those towards what came nearest."""
@@ -220,7 +229,7 @@ class Screen:
             left = self.ledger.unsettled(part)
             part, goal = part[left], classes[begin : begin + self.rows][left]
             settled, x = self.settled.take(part), self.x[part]
-            CarriedFAB(self.lockstep, settled, self.ledger, part, goal, x, self.threat).run()
+            CarriedFAB(self.quick, settled, self.ledger, part, goal, x, self.threat).run()
 
     def _square(self, *, among: Counts | None = None, draw: int = 0) -> None:
         """Of all open samples, or of those `among` some; `draw` 0 is of the reference's seed."""

@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,6 +15,7 @@ from robustdeq.attacks._screen import Screen, unreliable
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from robustdeq.arithmetic import Precision
 from robustdeq.equilibrium import Lockstep
 from robustdeq.errors import UsageError
 from robustdeq.interfaces import Access, Budget, Candidates, Scope
@@ -45,7 +46,7 @@ _CALLS = {
 # Of them, what the joint engine spends on an equilibrium model; measured on the digits DEQ.
 _JOINT_SHARE = 0.2
 # Parameters that say nothing to the reference.
-_JOINT_ALONE = ("rerun", "fallback", "updates")
+_JOINT_ALONE = ("rerun", "fallback", "updates", "precision", "compile")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,9 @@ class AutoAttack:
             is not for are left alone.
         updates: evaluations of the cell, and products with its Jacobian, per step of the joint
             engine.
+        precision: of the gradients of its screen: "float32", "tf32" (a GPU's) or "bfloat16".
+        compile: whether its looks are at a copy of the model that torch.compile has made kernels
+            of, which a GPU replays as CUDA graphs. On a processor it does not pay.
         draw: added to the suite's seed, for a second run with other random numbers.
     """
 
@@ -85,6 +89,8 @@ class AutoAttack:
     rerun: float = 0.15
     fallback: bool = True
     updates: int = 1
+    precision: Precision = field(default="float32", metadata={"young": True})
+    compile: bool = field(default=False, metadata={"young": True})
     draw: int = 0
 
     def __post_init__(self) -> None:
@@ -97,6 +103,11 @@ class AutoAttack:
             self._refuse_what_is_the_joint_engines()
         if self.updates < 1:
             raise UsageError(f"autoattack has updates={self.updates}; give at least 1.")
+        if self.compile and self.updates > 1:
+            raise UsageError(
+                f"autoattack has compile=True, updates={self.updates}; compiled products with the "
+                "cell's Jacobian are taken once a look: leave one of them out."
+            )
         if not 0 <= self.rerun <= 1:
             raise UsageError(f"autoattack has rerun={self.rerun}; give a share from 0 to 1.")
 
@@ -158,8 +169,10 @@ class AutoAttack:
             if dynamics is not None and not reason:
                 seed = rng.seed + self.draw
                 return Screen(
-                    target, dynamics, x, y, threat, seed, rerun=self.rerun, updates=self.updates
-                ).run()
+                    target, dynamics, x, y, threat, seed,
+                    rerun=self.rerun, updates=self.updates, precision=self.precision,
+                    compile_=self.compile,
+                ).run()  # fmt: skip
             if not self.fallback:
                 return Candidates(x, ("",) * len(x), (f"{ENGINE_LEFT_OUT}: {reason}",))
             notes = (f"{ENGINE_LEFT_OUT}, the reference ran: {reason}",)

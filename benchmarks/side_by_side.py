@@ -5,6 +5,7 @@
     python benchmarks/side_by_side.py --cell small --images 200 --seeds 5
     python benchmarks/side_by_side.py --cell wide --images 200 --seeds 2
     python benchmarks/side_by_side.py --data cifar10-jpeg --weights weights --device cuda
+    python benchmarks/side_by_side.py --device cuda --compile --precision tf32
 
 Three ways, interleaved in blocks of images, one thread: `joint`, our engine; `reference`,
 pyautoattack over a torchdeq model of the same weights with `ift=True` and its default solvers and
@@ -25,8 +26,9 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import pandas as pd
 import torch
@@ -36,6 +38,7 @@ from robustdeq.attacks.autoattack import AutoAttack
 from torch import Tensor, nn
 
 import robustdeq
+from robustdeq.arithmetic import Precision
 from robustdeq.datasets import load_slice
 from robustdeq.equilibrium import EquilibriumClassifier, metered
 from robustdeq.randomness import SampleRandom
@@ -49,6 +52,7 @@ ROW = "Madry2018Towards_deq"
 EPS = {"mnist": "Linf:0.31", "digits": "Linf:3/16", "cifar10-jpeg": "Linf:8/255"}
 """Where 40 to 80 % of that row's images stand; on the last, what rows are trained for."""
 WIDTHS = {"small": 1, "wide": 8}
+JOINT = AutoAttack(engine="joint")
 _FIRST = 2
 """Images attacked before any is measured."""
 
@@ -85,7 +89,12 @@ def widened(model: Any, factor: int) -> Any:
 
 
 def ways(
-    data: str, cell: str, row: str = ROW, device: str = "cpu", weights: Path | None = None
+    data: str,
+    cell: str,
+    row: str = ROW,
+    device: str = "cpu",
+    weights: Path | None = None,
+    joint: AutoAttack = JOINT,
 ) -> dict[str, tuple[nn.Module, AutoAttack]]:
     """The three models with what attacks them; the explicit one is the row's of the same recipe."""
     twin = f"{row.partition('_deq')[0]}_feedforward"
@@ -95,7 +104,7 @@ def ways(
     )
     reference = AutoAttack()
     return {
-        "joint": (model, AutoAttack(engine="joint")),
+        "joint": (model, joint),
         "reference": (TorchDEQ(model).to(device), reference),
         "explicit": (explicit, reference),
     }
@@ -165,7 +174,8 @@ def run(given: argparse.Namespace, ledger: Path) -> list[dict[str, Any]]:
     part = load_slice(given.data, "test", given.images)
     x, y = torch.from_numpy(part.images).float() / 255, torch.from_numpy(part.labels)
     x, y = x.to(given.device), y.to(given.device)
-    models = ways(given.data, given.cell, given.row, given.device, given.weights)
+    joint = replace(JOINT, precision=given.precision, compile=given.compile)
+    models = ways(given.data, given.cell, given.row, given.device, given.weights, joint)
     lines = held(ledger)
     done = {(line["way"], line["seed"], line["begin"]) for line in lines}
     left = [block for block in blocks(given) if block not in done]
@@ -185,6 +195,13 @@ def run(given: argparse.Namespace, ledger: Path) -> list[dict[str, Any]]:
         keep(line, ledger)
         print(f"{way}, seed {seed}, from {begin}: {line['seconds']:.0f} s", flush=True)
     return lines
+
+
+def means(given: argparse.Namespace) -> list[str]:
+    """The kind of device, and what the joint engine makes use of besides."""
+    compiled = ["compiled"] if given.compile else []
+    reduced = [] if given.precision == "float32" else [given.precision]
+    return [torch.device(given.device).type, *compiled, *reduced]
 
 
 def verdicts(lines: list[dict[str, Any]], way: str, seed: int) -> list[int]:
@@ -290,7 +307,7 @@ def noted(frame: pd.DataFrame, given: argparse.Namespace) -> None:
     own = summary(frame)
     own = {
         "data": given.data, "row": given.row, "threat": given.eps, "cell": given.cell,
-        "device": given.device,
+        "device": " ".join(means(given)),
     } | own  # fmt: skip
     held = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=list(own))
     keys = list(own)[:5]
@@ -341,9 +358,10 @@ def placed(text: str, marks: tuple[str, str], head: list[str], lines: list[list[
 
 
 def _cells(run: Any) -> list[str]:
-    gpu = "" if run["device"] == "cpu" else ", GPU"
+    kind, *more = str(run["device"]).split()
+    by = [name for name in ("" if kind == "cpu" else "GPU", *more) if name]
     return [
-        f"`{run['row']}`, {run['data']}{gpu}",
+        ", ".join([f"`{run['row']}`", str(run["data"]), *by]),
         str(run["threat"]), str(run["cell"]), str(run["images"]),
         f"{run['reference_robust']}, {run['joint_robust']}", f"{run['missed']}, {run['extra']}",
         f"{run['reseeds_missed']}, {run['reseeds_extra']} ({run['reseeds']})"
@@ -366,6 +384,10 @@ def main() -> None:
     parser.add_argument("--eps", help="as in Linf:0.31")
     parser.add_argument("--weights", type=Path, help="a folder with the row's weights")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda")
+    parser.add_argument(
+        "--precision", choices=get_args(Precision), default="float32", help="of the joint screen"
+    )
+    parser.add_argument("--compile", action="store_true", help="the joint engine's looks")
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--block", type=int, default=50, help="images of one block")
     parser.add_argument("--seeds", type=int, default=1, help="of the reference")
@@ -380,9 +402,9 @@ def main() -> None:
     torch.set_num_threads(1)
     given.eps = given.eps or EPS[given.data]
     radius = given.eps.replace(":", "").replace("/", "over")
-    kind = torch.device(given.device).type
     name = f"side_by_side-{given.data}-{given.row}-{radius}-{given.cell}-{given.images}"
-    name += "" if kind == "cpu" else f"-{kind}"
+    kind, *more = means(given)
+    name = "-".join([name, *([] if kind == "cpu" else [kind]), *more])
     lines = run(given, given.results / f"{name}.jsonl")
     if given.reseeds:
         return

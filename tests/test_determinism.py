@@ -6,14 +6,13 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from robustdeq.evaluation.provenance import THREADS, _tf32, machine
+from robustdeq.evaluation.provenance import THREADS, machine
 from robustdeq.keys import canonical
 from robustdeq.records import Record, Store
 from robustdeq.tables import COST_COLUMNS
@@ -131,33 +130,15 @@ def test_a_run_says_what_bears_on_its_rounding(monkeypatch: pytest.MonkeyPatch) 
         "cudnn_benchmark", "tf32_matmul", "tf32_cudnn", "float32_matmul_precision", "libraries",
     } <= set(held)  # fmt: skip
     assert canonical(held) == held
-    flags = {"deterministic_algorithms": True, "cudnn_deterministic": True, "tf32_matmul": True}
+    flags = {"deterministic_algorithms": True, "cudnn_deterministic": True}
     before = {name: held[name] for name in flags}
-    matmul = SimpleNamespace(fp32_precision="none", allow_tf32=True)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
     torch.use_deterministic_algorithms(True)
     try:
         held = machine(torch.device("cpu"))
     finally:
         torch.use_deterministic_algorithms(False)
     assert {name: held[name] for name in flags} == flags != before
-
-
-def test_both_interfaces_to_tf32_are_read() -> None:
-    """Since torch 2.9 the older one refuses where the newer one was used."""
-
-    class Mixed:
-        fp32_precision = "none"
-
-        @property
-        def allow_tf32(self) -> bool:
-            raise RuntimeError("mix of the legacy and new APIs")
-
-    assert _tf32(SimpleNamespace(allow_tf32=True)) is True  # of torch 2.6
-    assert _tf32(SimpleNamespace(fp32_precision="tf32")) is True
-    assert _tf32(SimpleNamespace(fp32_precision="ieee", allow_tf32=True)) is False
-    assert _tf32(Mixed()) is None
 
 
 @pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="needs the checkout")

@@ -20,7 +20,7 @@ CORE = ROOT / "robustdeq"
 ORDER = [
     ["texts"],
     ["errors", "keys", "shapes", "files", "locks", "bounded", "plain_names", "sealed"],
-    ["threats", "records", "datasets", "randomness", "statistics"],
+    ["threats", "records", "datasets", "randomness", "statistics", "arithmetic"],
     ["equilibrium"],
     ["differentiation"],
     ["targets"],

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Any
+
 import pytest
 import torch
+from attacked import BALL, Centered, contested
+from robustdeq.attacks._apgd import AutoPGD
+from robustdeq.attacks._ascent import Lanes, ascend
+from robustdeq.attacks._carried import Carried
+from robustdeq.attacks._ledger import EVERY, Ledger
+from robustdeq.attacks._losses import named_loss
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from toys import ToyEquilibrium
 
 from robustdeq.equilibrium import Dynamics, FixedPoint, Implicit, JointState, Lockstep, metered
+from robustdeq.targets import Target
 
 
 def logsumexp(logits: Tensor) -> Tensor:
@@ -103,3 +114,55 @@ def test_a_state_that_lags_is_told_by_its_residual(toy: ToyEquilibrium, toy_imag
         state = look.state
     assert residuals[0] > 1e-2
     assert residuals[-1] < 1e-3 * residuals[0]
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for an accelerator: values and numbers of rows asked for."""
+
+    asks = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        chosen = args[1] if name in ("index", "index_put", "index_put_") else ()
+        if name in self.asks or any(i is not None and i.dtype is torch.bool for i in chosen):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("loss", ["ce", "dlr", "targeted_dlr", "margin"])
+def test_a_look_never_waits_for_an_accelerator(
+    loss: str, toy: ToyEquilibrium, toy_images: Tensor
+) -> None:
+    lockstep, fun = Lockstep(Dynamics(toy)), named_loss(loss, 4)
+    state = lockstep.settled(toy_images)
+    y = torch.zeros(len(toy_images), dtype=torch.long)
+    with Waits() as waits:
+        look = lockstep.look(toy_images, state, lambda logits: fun(logits, y, y + 1))
+        lockstep.glance(toy_images, look.state)
+    assert waits.seen == []
+
+
+def test_between_two_scores_an_ascent_never_waits() -> None:
+    model, steps = Centered(), 100
+    x, y = contested(model, 24)
+    ledger = Ledger(Target(model, 4), x, y)
+    lockstep = Lockstep(Dynamics(model))
+    objective = Carried(lockstep, y, named_loss("ce", 4), lockstep.settled(x))
+    samples = torch.arange(len(x))
+    lanes = Lanes(samples, torch.full_like(samples, -1), x)
+    waited: list[int] = []
+
+    class Noted(AutoPGD):
+        def advance(self, step: int, point: Any) -> Any:
+            waited.append(len(waits.seen))
+            return super().advance(step, point)
+
+    with Waits() as waits:
+        ascend(objective, Noted(x, BALL, steps), steps, lanes, ledger, stop=False)
+    between = [b - a for a, b in pairwise(waited)]
+    assert sum(n > 0 for n in between) <= steps // EVERY
+    assert waits.seen  # scores do

@@ -3,6 +3,7 @@
 from robustdeq.equilibrium.anderson import Anderson
 from robustdeq.equilibrium.backprop import Backprop
 from robustdeq.equilibrium.broyden import Broyden
+from robustdeq.equilibrium.compiled import Compiled, compiled
 from robustdeq.equilibrium.counting import Meter, metered
 from robustdeq.equilibrium.drive import Drive, Value
 from robustdeq.equilibrium.fixed_point import FixedPoint
@@ -34,10 +35,10 @@ from robustdeq.equilibrium.solution import (
 from robustdeq.equilibrium.states import Intermediate, SimultaneousAdjoint
 
 __all__ = [
-    "AdjointTrace", "Anderson", "Backprop", "Broyden", "Cell", "Drive", "Dynamics",
+    "AdjointTrace", "Anderson", "Backprop", "Broyden", "Cell", "Compiled", "Drive", "Dynamics",
     "EquilibriumClassifier", "FixedPoint", "Glance", "Honest", "Implicit", "Injection",
     "Intermediate", "JointAscent", "JointState", "JointStep", "Lockstep", "Look", "Meter",
     "Method", "OneStep", "Phantom", "Problem", "SimultaneousAdjoint", "Solve", "SolveGradient",
-    "Solver", "Unrolled", "Value", "channels_last", "finite", "join_rows", "metered",
+    "Solver", "Unrolled", "Value", "channels_last", "compiled", "finite", "join_rows", "metered",
     "parameter_dtype", "relative_residual", "splice", "take_rows",
 ]  # fmt: skip

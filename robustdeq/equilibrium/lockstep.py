@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from robustdeq.arithmetic import Precision, reduced
 from robustdeq.equilibrium.iteration import Solver
 from robustdeq.equilibrium.joint import Dynamics, JointState
 from robustdeq.equilibrium.model import parameter_dtype
@@ -64,10 +65,12 @@ class Lockstep:
         dynamics: the model, and how far state and adjoint move at a step.
         updates: evaluations of the cell per look, and products with its Jacobian, which are all at
             the last state.
+        precision: in which they are computed; states and losses stay in that of the model.
     """
 
     dynamics: Dynamics
     updates: int = 1
+    precision: Precision = "float32"
 
     @torch.no_grad()
     def settled(self, x: Images, solver: Solver | None = None) -> JointState:
@@ -83,6 +86,10 @@ class Lockstep:
         Args:
             loss: from logits to the loss of each sample.
         """
+        with reduced(self.precision, x.device):
+            return self._look(x, state, loss)
+
+    def _look(self, x: Images, state: JointState, loss: Loss) -> Look:
         z = state.z
         if self.updates > 1:
             z = self.glance(x, state, self.updates - 1).state.z
@@ -90,9 +97,9 @@ class Lockstep:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             z = z.detach().requires_grad_()
-            image = model.cell(z, model.embed(x.to(z.dtype)), 0)
+            image = model.cell(z, model.embed(x.to(z.dtype)), 0).to(z.dtype)
             read = image.detach().requires_grad_()
-            logits = model.readout(read)
+            logits = model.readout(read).to(z.dtype)
             losses = loss(logits)
             (slope,) = torch.autograd.grad(
                 losses.sum(), read, allow_unused=True, materialize_grads=True
@@ -124,19 +131,25 @@ class Lockstep:
     @torch.no_grad()
     def injection(self, x: Images, state: JointState) -> Injection:
         """What the cell is given of an input, for several glances at it."""
-        return self.dynamics.model.embed(x.to(state.z.dtype))
+        with reduced(self.precision, x.device):
+            return self.dynamics.model.embed(x.to(state.z.dtype))
 
     @torch.no_grad()
     def glance_into(self, injection: Injection, state: JointState, updates: int = 1) -> Glance:
         """`glance` at an input that is embedded already."""
+        with reduced(self.precision, state.z.device):
+            return self._glance(injection, state, updates)
+
+    def _glance(self, injection: Injection, state: JointState, updates: int) -> Glance:
         model = self.dynamics.model
         z, image = state.z, state.z
         for _ in range(updates):
             z = self._damped(z, image, self.dynamics.damping)
-            image = model.cell(z, injection, 0)
+            image = model.cell(z, injection, 0).to(z.dtype)
         moved = finite(self._damped(z, image, self.dynamics.damping))
         residual = relative_residual(image, z)
-        return Glance(JointState(moved, state.adjoint), model.readout(image), residual)
+        logits = model.readout(image).to(image.dtype)
+        return Glance(JointState(moved, state.adjoint), logits, residual)
 
     def _next_adjoint(self, before: Tensor, product: Tensor) -> Tensor:
         return finite(self._damped(before, product, self.dynamics.adjoint_damping).detach())

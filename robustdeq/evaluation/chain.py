@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from robustdeq.arithmetic import exact_float32
 from robustdeq.differentiation import ModuleGradient, parse_gradient
 from robustdeq.equilibrium import EquilibriumClassifier, metered
 from robustdeq.errors import CaseError, DamagedError, RobustDEQError, sentence
@@ -343,7 +344,7 @@ def _computed(
     subject = chain.subject
     _reset_peak(subject.device)
     begun = time.perf_counter()
-    with metered() as meter, _undisturbed(subject.model):
+    with metered() as meter, _undisturbed(subject.model), exact_float32():
         result = compute[stage.kind](chain, stage)
     seconds = time.perf_counter() - begun
     if stage.kind == "attack" and len(result.rows):

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from robustdeq.arithmetic import exact_float32
 from robustdeq.datasets import SliceIdentity, spec_of
 from robustdeq.equilibrium import parameter_dtype
 from robustdeq.errors import CaseError, UsageError, unknown
@@ -39,6 +40,7 @@ from robustdeq.weights import state_sha256
 AttackLike = str | AttackEntry | Attack
 
 
+@exact_float32()
 def evaluate(
     model: nn.Module | Defense,
     x: Tensor,

@@ -1,6 +1,7 @@
 """The judge: the deployed predictor alone decides what is robust.
 
-Cold start, deployed solver and tolerance, per-sample stopping; no gradient, no attack's opinion.
+Cold start, deployed solver and tolerance, per-sample stopping, float32 that no setting of torch
+replaces by less; no gradient, no attack's opinion.
 There is no way to hand it a warm start.
 """
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from robustdeq.arithmetic import exact_float32
 from robustdeq.equilibrium import Solve
 from robustdeq.randomness import derived_seed
 from robustdeq.shapes import Counts, Images, Labels, Logits, Mask, PerSample
@@ -64,8 +66,10 @@ class Judge:
     @torch.no_grad()
     def __call__(self, x: Images, y: Labels, indices: Sequence[int]) -> Judgment:
         """Judge inputs `x` with labels `y`; `indices` are their places in the data set."""
-        if self.randomized:
-            return self._by_draws(x, y, indices)
+        with exact_float32():
+            return self._by_draws(x, y, indices) if self.randomized else self._at_once(x, y)
+
+    def _at_once(self, x: Images, y: Labels) -> Judgment:
         logits, solves = self.target(x)
         prediction = predictions(logits)
         correct = prediction == y

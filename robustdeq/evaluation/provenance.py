@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import robustdeq
+from robustdeq.arithmetic import exact_float32
 from robustdeq.plugin_files import is_file_module, neighbors
 
 THREADS = 1
@@ -25,7 +26,8 @@ _AROUND = ("pandas", "pyarrow", "scipy", "scikit-learn", "safetensors", "foolbox
 _LIBRARIES = ("torch", "numpy", "pyautoattack", "autoattack")
 # The parts of the core whose source decides a figure; the command line and the reports do not.
 _DECISIVE = (
-    "threats.py", "randomness.py", "targets.py", "equilibrium", "differentiation", "evaluation",
+    "threats.py", "randomness.py", "arithmetic.py", "targets.py", "equilibrium", "differentiation",
+    "evaluation",
 )  # fmt: skip
 
 
@@ -55,6 +57,11 @@ def machine(device: torch.device) -> dict[str, Any]:
 
     `threads` is that of a worker, whatever this process may use.
     """
+    with exact_float32():  # as every stage is computed
+        return _machine(device)
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
     return {
         "platform": platform.platform(),
         "python": platform.python_version(),
@@ -68,9 +75,9 @@ def machine(device: torch.device) -> dict[str, Any]:
         "deterministic_warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
         "cudnn_deterministic": torch.backends.cudnn.deterministic,
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
-        "tf32_matmul": _tf32(torch.backends.cuda.matmul),
-        "tf32_cudnn": _tf32(torch.backends.cudnn),
-        "float32_matmul_precision": _matmul_precision(),
+        "tf32_matmul": torch.backends.cuda.matmul.allow_tf32,
+        "tf32_cudnn": torch.backends.cudnn.allow_tf32,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "libraries": _versions_of(_AROUND),
         **(_cuda(device) if device.type == "cuda" else {}),
     }
@@ -91,25 +98,6 @@ def _library(*names: str) -> str:
     """What torch says of a library that it was built with; empty where it was not."""
     lines = (line.strip(" -") for line in torch.__config__.show().splitlines())
     return next((line for line in lines if any(name in line for name in names)), "")
-
-
-def _tf32(part: Any) -> bool | None:
-    """Whether TF32 may stand for float32; None where it was set in ways that contradict."""
-    # Since torch 2.9 there is a newer interface, and once it was used the older one refuses.
-    precision = getattr(part, "fp32_precision", "none")
-    if precision != "none":
-        return bool(precision == "tf32")
-    try:
-        return bool(part.allow_tf32)
-    except RuntimeError:
-        return None
-
-
-def _matmul_precision() -> str:
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:  # as in `_tf32`
-        return str(getattr(torch.backends.cuda.matmul, "fp32_precision", ""))
 
 
 def _cuda(device: torch.device) -> dict[str, Any]:

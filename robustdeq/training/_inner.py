@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from robustdeq.errors import UsageError
+from robustdeq.arithmetic import reduced
 from robustdeq.shapes import Images
 from robustdeq.targets import Target
 from robustdeq.threats import Threat
@@ -81,27 +81,11 @@ class Ascent:
         """
         gradients = gradients_of(self.inner, target, warm)
         current = start.detach()
-        with frozen(target.model), arithmetic(self.precision, x.device):
+        with frozen(target.model), reduced(self.precision, x.device):
             for _ in range(self.steps):
                 ascent = threat.steepest(gradients(current, loss)) * (self.step_size * threat.eps)
                 current = threat.project(x, current + ascent)
         return Found(current, gradients.onward())
-
-
-@contextmanager
-def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Autocast, where the precision asks for it; else what is around stays in force.
-
-    Raises:
-        UsageError: on a device without autocast.
-    """
-    if precision == "float32":
-        yield
-        return
-    if not torch.amp.is_autocast_available(device.type):
-        raise UsageError(f"inner_precision {precision!r} needs autocast, which {device} lacks.")
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        yield
 
 
 @contextmanager

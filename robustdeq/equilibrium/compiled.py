@@ -1,0 +1,139 @@
+"""Models whose stem, cell and readout torch.compile has made kernels of."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from robustdeq.equilibrium.joint import Dynamics
+from robustdeq.equilibrium.lockstep import Lockstep
+from robustdeq.equilibrium.model import EquilibriumClassifier
+from robustdeq.equilibrium.solution import Injection
+from robustdeq.shapes import Images, Logits
+
+Rows = TypeVar("Rows", Tensor, tuple[Tensor, ...])
+_FEWEST = 32
+"""Rows are filled up to a power of two, and to this at least: each number of rows is compiled, and
+on a GPU recorded, for itself."""
+_SAMPLES = 4
+_LOOKS = 3
+"""A graph of kernels is recorded at the second call and replayed from the third on."""
+_ROUNDING = 1e-3
+"""Largest difference, relative to the largest value, that counts as rounding."""
+
+
+class Compiled(EquilibriumClassifier):
+    """A copy of a model, for searching: the same functions, in kernels of their own.
+
+    On a GPU the kernels of a call are replayed as one CUDA graph. Weights take no gradients.
+
+    Args:
+        backend: of torch.compile; by default its own.
+    """
+
+    def __init__(self, model: EquilibriumClassifier, backend: str = "inductor") -> None:
+        super().__init__(model.solver, model.gradient)
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        # Counting is done here, for the rows that are asked for.
+        cell = inspect.unwrap(type(model).cell)
+        inner = self.model
+
+        def step(z: Tensor, injection: Injection) -> Tensor:
+            found: Tensor = cell(inner, z, injection, 0)
+            return found
+
+        on_gpu = backend == "inductor" and any(p.is_cuda for p in model.parameters())
+        options: dict[str, Any] = {"mode": "reduce-overhead"} if on_gpu else {}
+        self._embed, self._step, self._readout = (
+            torch.compile(part, backend=backend, **options)
+            for part in (inner.embed, step, inner.readout)
+        )
+
+    def start(self, injection: Injection) -> Tensor:
+        """See `EquilibriumClassifier`."""
+        return self.model.start(injection)
+
+    def embed(self, x: Images) -> Injection:
+        """See `EquilibriumClassifier`."""
+        found: Injection = _own(self._embed(_filled(x)), len(x))
+        return found
+
+    def cell(self, z: Tensor, injection: Injection, step: int) -> Tensor:
+        """See `EquilibriumClassifier`; all steps are alike, as for all that is iterated jointly."""
+        return _own(self._step(_filled(z), _filled(injection)), len(z))
+
+    def readout(self, z: Tensor) -> Logits:
+        """See `EquilibriumClassifier`."""
+        return _own(self._readout(_filled(z)), len(z))
+
+
+def compiled(
+    dynamics: Dynamics, x: Images, build: Callable[[EquilibriumClassifier], Compiled] = Compiled
+) -> EquilibriumClassifier:
+    """A copy of a model with compiled parts, which is quicker on a GPU; see `benchmarks/looks.py`.
+
+    The model itself where it cannot be compiled, or where logits or gradients of the copy are
+    others by more than rounding: it is for searching, never for judging.
+
+    Args:
+        x: images on which the two are compared; the first few are taken.
+        build: makes the copy.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Tracing looks at the gradients of whatever it is given.
+            warnings.filterwarnings("ignore", message="The .grad attribute")
+            twin = build(dynamics.model)
+            alike = _alike(dynamics, replace(dynamics, model=twin), x)
+    except Exception:  # no compiler on this machine, or whatever a stranger's model makes of it
+        return dynamics.model
+    return twin if alike else dynamics.model
+
+
+def _alike(one: Dynamics, other: Dynamics, x: Images) -> bool:
+    """Whether looks show the same, of few samples and of many, which are kernels of their own."""
+    few = x[:_SAMPLES]
+    many = few.repeat(_FEWEST, 1, 1, 1)
+    return all(_near(*looks) for rows in (few, many) for looks in _looks(one, other, rows))
+
+
+def _looks(one: Dynamics, other: Dynamics, x: Images) -> list[tuple[Tensor, Tensor]]:
+    state, shown = one.start(x), []
+    for _ in range(_LOOKS):
+        expected, found = (
+            Lockstep(dynamics).look(x, state, lambda logits: logits.logsumexp(1))
+            for dynamics in (one, other)
+        )
+        shown += [(expected.logits, found.logits), (expected.gradient, found.gradient)]
+        shown += [(expected.state.z, found.state.z)]
+        state = expected.state
+    return shown
+
+
+def _near(expected: Tensor, found: Tensor) -> bool:
+    near = (found - expected).abs().max() <= _ROUNDING * expected.abs().max()
+    return bool(near & found.isfinite().all())
+
+
+def _filled(part: Rows) -> Rows:
+    """With the last row repeated."""
+    if isinstance(part, tuple):
+        return tuple(_filled(own) for own in part)
+    missing = max(_FEWEST, 1 << (len(part) - 1).bit_length()) - len(part)
+    if not missing or not len(part):
+        return part
+    return torch.cat([part, part[-1:].expand(missing, *part.shape[1:])])
+
+
+def _own(part: Rows, count: int) -> Rows:
+    """The rows that were asked for, in memory of their own: a graph's is used again."""
+    if isinstance(part, tuple):
+        return tuple(_own(own, count) for own in part)
+    return part[:count].clone()
