@@ -8,7 +8,7 @@ The three ways of side_by_side.py on the same images, one thread, one after anot
 evaluations of the cell and vector-Jacobian products, the joint engine's by component. "Bare" is
 what so many evaluations and products take alone, in batches that cost least, measured in the same
 run: the rest is the attack's own arithmetic, stem and readout, and what small batches cost more.
-Writes results/joint_profile.csv, lines per row and cell, and the table in docs/joint_engine.md.
+Writes results/joint_profile.csv, lines per row and cell, and a table in docs/joint_engine_cost.md.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from unittest.mock import patch
 import pandas as pd
 import torch
 from robustdeq.attacks._screen import Screen
-from side_by_side import EPS, PAGE, RESULTS, ROW, WIDTHS, measured, placed, ways
+from side_by_side import EPS, RESULTS, ROW, WIDTHS, measured, placed, ways
 from torch import Tensor
 
 from robustdeq.datasets import load_slice
@@ -34,6 +34,7 @@ from robustdeq.threats import Threat
 BATCHES = (8, 32, 128)
 REPEATS = 100
 KEYS = ["data", "row", "cell"]
+PAGE = RESULTS.parent.parent / "docs" / "joint_engine_cost.md"
 MARKS = "<!-- joint_profile -->\n", "<!-- end joint_profile -->"
 
 

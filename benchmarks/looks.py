@@ -8,7 +8,8 @@ a glance does without the gradient. For the equilibrium rows of `digits` and `mn
 latter's function at eight times the work (`wide`): microseconds per row, the least of several
 repeats, all ways interleaved, one thread; process time on a CPU. `times` is what the way "plain"
 takes over what this one takes, as the median over the repeats, and `compile_seconds` what has to
-be paid first. Products in TF32 are a GPU's alone. Writes results/looks.csv.
+be paid first. Products in TF32 are a GPU's alone. Writes results/looks.csv, and
+the table in docs/joint_engine_cost.md.
 """
 
 from __future__ import annotations
@@ -19,20 +20,20 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 from robustdeq.attacks._losses import named_loss
-from side_by_side import ROW, WIDTHS, timed, widened
+from side_by_side import RESULTS, ROW, WIDTHS, placed, timed, widened
 from torch import Tensor
 
 import robustdeq
 from robustdeq.datasets import load_slice
 from robustdeq.equilibrium import Compiled, Dynamics, JointState, Lockstep, channels_last
 
-RESULTS = Path(__file__).resolve().parent / "results"
+PAGE = RESULTS.parent.parent / "docs" / "joint_engine_cost.md"
+MARKS = "<!-- looks -->\n", "<!-- end looks -->"
 CELLS = (("digits", "small"), ("mnist", "small"), ("mnist", "wide"))
 CALLS = 5
 """Looks of one measurement."""
@@ -78,6 +79,7 @@ def ways(plain: Lockstep, ground: Ground) -> Iterator[Way]:
     last = Dynamics(channels_last(plain.dynamics.model, ground.x))
     yield Way("plain", plain)
     yield Way("channels last", Lockstep(last))
+    torch.compiler.reset()  # what was compiled for other models counts towards torch's limit
     begun = time.perf_counter()
     compiled = Lockstep(Dynamics(Compiled(last.model)))
     for _ in range(3):
@@ -118,6 +120,34 @@ def called(way: Way, ground: Ground, what: str) -> None:
             state = way.lockstep.glance(ground.x, state).state
 
 
+def noted(frame: pd.DataFrame) -> None:
+    """Put a run into results/looks.csv in place of one on such a device, and into the page."""
+    path = RESULTS / "looks.csv"
+    if path.exists():
+        held = pd.read_csv(path)
+        frame = pd.concat([held[held["device"] != frame["device"].iloc[0]], frame])
+    frame.to_csv(path, index=False, float_format="%.4g")
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), pd.read_csv(path)), encoding="utf-8")
+
+
+def filled(text: str, frame: pd.DataFrame) -> str:
+    """The page with the table of the looks between its marks."""
+    names = list(dict.fromkeys(frame["way"]))
+    keys = ["device", "data", "cell", "rows", "what"]
+    lines = []
+    for (device, data, cell, rows, what), group in frame.groupby(keys, sort=False):
+        by = group.set_index("way")
+        ground = f"{what}, {data}, {cell}, {rows} rows{'' if device == 'cpu' else ', GPU'}"
+        lines.append([ground, *(_cell(by, name) for name in names)])
+    return placed(text, MARKS, ["Microseconds a row", *names], lines)
+
+
+def _cell(by: pd.DataFrame, name: str) -> str:
+    if name not in by.index:
+        return ""
+    return f"{by.loc[name, 'microseconds']:.3g} ({by.loc[name, 'times']:.2f})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -126,7 +156,6 @@ def main() -> None:
     parser.add_argument("--rows", default="64", help="of a look, by commas")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--quick", action="store_true", help="the small cell of digits: indicative")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
     given = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
@@ -137,11 +166,7 @@ def main() -> None:
             found += lines(ground, contenders, given.repeats)
     frame = pd.DataFrame(found)
     if not given.quick:
-        path = given.results / "looks.csv"
-        held = [pd.read_csv(path)] if path.exists() else []
-        others = [old[old["device"] != torch.device(given.device).type] for old in held]
-        whole = pd.concat([*others, frame])
-        whole.to_csv(path, index=False, float_format="%.4g")
+        noted(frame)
     print(frame.to_string(index=False, float_format="%.3g"))
 
 

@@ -20,8 +20,7 @@ from robustdeq.shapes import Images, Logits
 
 Rows = TypeVar("Rows", Tensor, tuple[Tensor, ...])
 _FEWEST = 32
-"""Rows are filled up to a power of two, and to this at least: each number of rows is compiled, and
-on a GPU recorded, for itself."""
+"""Rows are filled up to a power of two, and to this at least: on a GPU each number is recorded."""
 _SAMPLES = 4
 _LOOKS = 3
 """A graph of kernels is recorded at the second call and replayed from the third on."""
@@ -51,6 +50,7 @@ class Compiled(EquilibriumClassifier):
 
         on_gpu = backend == "inductor" and any(p.is_cuda for p in model.parameters())
         options: dict[str, Any] = {"mode": "reduce-overhead"} if on_gpu else {}
+        self._format = _format(inner)
         self._embed, self._step, self._readout = (
             torch.compile(part, backend=backend, **options)
             for part in (inner.embed, step, inner.readout)
@@ -62,16 +62,25 @@ class Compiled(EquilibriumClassifier):
 
     def embed(self, x: Images) -> Injection:
         """See `EquilibriumClassifier`."""
-        found: Injection = _own(self._embed(_filled(x)), len(x))
+        found: Injection = _own(self._embed(self._filled(x)), len(x))
         return found
 
     def cell(self, z: Tensor, injection: Injection, step: int) -> Tensor:
         """See `EquilibriumClassifier`; all steps are alike, as for all that is iterated jointly."""
-        return _own(self._step(_filled(z), _filled(injection)), len(z))
+        return _own(self._step(self._filled(z), self._filled(injection)), len(z))
 
     def readout(self, z: Tensor) -> Logits:
         """See `EquilibriumClassifier`."""
-        return _own(self._readout(_filled(z)), len(z))
+        return _own(self._readout(self._filled(z)), len(z))
+
+    def _filled(self, part: Rows) -> Rows:
+        """With the last row repeated, and in one order in memory: each other would be compiled."""
+        if isinstance(part, tuple):
+            return tuple(self._filled(own) for own in part)
+        missing = max(_FEWEST, 1 << (len(part) - 1).bit_length()) - len(part)
+        if missing and len(part):
+            part = torch.cat([part, part[-1:].expand(missing, *part.shape[1:])])
+        return part.contiguous(memory_format=self._format) if part.dim() == 4 else part.contiguous()
 
 
 def compiled(
@@ -90,6 +99,8 @@ def compiled(
         with warnings.catch_warnings():
             # Tracing looks at the gradients of whatever it is given.
             warnings.filterwarnings("ignore", message="The .grad attribute")
+            # What was compiled for other models counts towards torch's limit of variants.
+            torch.compiler.reset()
             twin = build(dynamics.model)
             alike = _alike(dynamics, replace(dynamics, model=twin), x)
     except Exception:  # no compiler on this machine, or whatever a stranger's model makes of it
@@ -122,14 +133,12 @@ def _near(expected: Tensor, found: Tensor) -> bool:
     return bool(near & found.isfinite().all())
 
 
-def _filled(part: Rows) -> Rows:
-    """With the last row repeated."""
-    if isinstance(part, tuple):
-        return tuple(_filled(own) for own in part)
-    missing = max(_FEWEST, 1 << (len(part) - 1).bit_length()) - len(part)
-    if not missing or not len(part):
-        return part
-    return torch.cat([part, part[-1:].expand(missing, *part.shape[1:])])
+def _format(model: EquilibriumClassifier) -> torch.memory_format:
+    """That of a model's convolutions."""
+    last = torch.channels_last
+    kernels = [p for p in model.parameters() if p.dim() == 4]
+    kept = kernels and all(p.is_contiguous(memory_format=last) for p in kernels)
+    return last if kept else torch.contiguous_format
 
 
 def _own(part: Rows, count: int) -> Rows:
