@@ -93,6 +93,18 @@ def test_the_figure_compares_joint_and_other_seeds(blocks: list[dict[str, Any]])
     assert "n = 6, of which 3 stand" in about
 
 
+def test_a_run_says_by_what_means_it_was_made(blocks: list[dict[str, Any]]) -> None:
+    script = importlib.import_module("side_by_side")
+    plain = argparse.Namespace(device="cpu", compile=False, precision="float32")
+    quick = argparse.Namespace(device="cuda:0", compile=True, precision="tf32")
+    kept = script.summary(script.table(blocks, 2)) | {"data": "d", "row": "R", "threat": "Linf:1"}
+    places = []
+    for given in (plain, quick):
+        run = kept | {"cell": "small", "device": " ".join(script.means(given))}
+        places.append(script._cells(run)[0])
+    assert places == ["`R`, d", "`R`, d, GPU, compiled, tf32"]
+
+
 def test_memory_is_the_largest_of_the_blocks_or_unknown(blocks: list[dict[str, Any]]) -> None:
     script = importlib.import_module("side_by_side")
     assert script.table(blocks, 2)["memory_share"].isna().all()
