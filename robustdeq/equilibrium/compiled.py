@@ -7,7 +7,8 @@ import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,6 @@ from robustdeq.equilibrium.model import EquilibriumClassifier
 from robustdeq.equilibrium.solution import Injection
 from robustdeq.shapes import Images, Logits
 
-Rows = TypeVar("Rows", Tensor, tuple[Tensor, ...])
 _FEWEST = 32
 """Rows are filled up to a power of two, and to this at least: on a GPU each number is recorded."""
 _SAMPLES = 4
@@ -51,10 +51,9 @@ class Compiled(EquilibriumClassifier):
         on_gpu = backend == "inductor" and any(p.is_cuda for p in model.parameters())
         options: dict[str, Any] = {"mode": "reduce-overhead"} if on_gpu else {}
         self._format = _format(inner)
-        self._embed, self._step, self._readout = (
-            torch.compile(part, backend=backend, **options)
-            for part in (inner.embed, step, inner.readout)
-        )
+        self._embed = torch.compile(inner.embed, backend=backend, **options)
+        self._step = torch.compile(step, backend=backend, **options)
+        self._readout = torch.compile(inner.readout, backend=backend, **options)
 
     def start(self, injection: Injection) -> Tensor:
         """See `EquilibriumClassifier`."""
@@ -62,21 +61,18 @@ class Compiled(EquilibriumClassifier):
 
     def embed(self, x: Images) -> Injection:
         """See `EquilibriumClassifier`."""
-        found: Injection = _own(self._embed(self._filled(x)), len(x))
-        return found
+        return _each(partial(_own, count=len(x)), self._embed(self._filled(x)))
 
     def cell(self, z: Tensor, injection: Injection, step: int) -> Tensor:
         """See `EquilibriumClassifier`; all steps are alike, as for all that is iterated jointly."""
-        return _own(self._step(self._filled(z), self._filled(injection)), len(z))
+        return _own(self._step(self._filled(z), _each(self._filled, injection)), len(z))
 
     def readout(self, z: Tensor) -> Logits:
         """See `EquilibriumClassifier`."""
         return _own(self._readout(self._filled(z)), len(z))
 
-    def _filled(self, part: Rows) -> Rows:
+    def _filled(self, part: Tensor) -> Tensor:
         """With the last row repeated, and in one order in memory: each other would be compiled."""
-        if isinstance(part, tuple):
-            return tuple(self._filled(own) for own in part)
         missing = max(_FEWEST, 1 << (len(part) - 1).bit_length()) - len(part)
         if missing and len(part):
             part = torch.cat([part, part[-1:].expand(missing, *part.shape[1:])])
@@ -141,8 +137,10 @@ def _format(model: EquilibriumClassifier) -> torch.memory_format:
     return last if kept else torch.contiguous_format
 
 
-def _own(part: Rows, count: int) -> Rows:
+def _own(part: Tensor, count: int) -> Tensor:
     """The rows that were asked for, in memory of their own: a graph's is used again."""
-    if isinstance(part, tuple):
-        return tuple(_own(own, count) for own in part)
     return part[:count].clone()
+
+
+def _each(change: Callable[[Tensor], Tensor], injection: Injection) -> Injection:
+    return change(injection) if isinstance(injection, Tensor) else tuple(map(change, injection))
