@@ -159,7 +159,7 @@ def main() -> None:
     given = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    found = []
+    found: list[dict[str, Any]] = []
     for data, cell in CELLS[:1] if given.quick else CELLS:
         for rows in map(int, given.rows.split(",")):
             ground, contenders = prepared(data, cell, rows, torch.device(given.device))
