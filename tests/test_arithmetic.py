@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,7 +17,9 @@ from robustdeq.errors import UsageError
 from robustdeq.evaluation.judge import Judge
 from robustdeq.evaluation.provenance import machine
 from robustdeq.interfaces import Access, Budget, Candidates, Scope
+from robustdeq.randomness import SampleRandom
 from robustdeq.targets import Target
+from robustdeq.threats import Threat
 
 CPU = torch.device("cpu")
 NEWER = hasattr(torch.backends.cudnn, "conv")
@@ -140,15 +142,18 @@ def test_the_judge_is_exact_whatever_is_around_it(default: None, randomized: boo
 class Loosening:
     """An attack that sets what it likes, and moves nothing."""
 
-    needs, scope = Access.LOGITS, Scope.CHUNK
+    needs: ClassVar[Access] = Access.LOGITS
+    scope: ClassVar[Scope] = Scope.CHUNK
 
     def budget(self, classes: int) -> Budget:
         return Budget(1, 0)
 
-    def run(self, target: Target, x: Tensor, *_: Any) -> Candidates:
+    def run(
+        self, target: Target, x: Tensor, y: Tensor, threat: Threat, rng: SampleRandom
+    ) -> Candidates:
         by_flags()
         by_matmul()
-        return Candidates(x)
+        return Candidates(x, ("",) * len(x))
 
 
 def test_an_attack_s_settings_do_not_reach_the_judge_nor_the_caller(default: None) -> None:
@@ -158,7 +163,7 @@ def test_an_attack_s_settings_do_not_reach_the_judge_nor_the_caller(default: Non
     before = settings()
     with torch.autocast("cpu"):
         verdict = robustdeq.evaluate(model, x, y, threat="Linf:0.1", attacks=[Loosening()])
-    assert verdict.clean_acc == 1.0
+    assert verdict.clean_acc == verdict.robust_acc == 1.0
     assert all(model.exact)
     assert settings() == before
 
