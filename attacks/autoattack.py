@@ -77,7 +77,7 @@ class AutoAttack:
             engine.
         precision: of the gradients of its screen: "float32", "tf32" (a GPU's) or "bfloat16".
         compile: whether its looks are at a copy of the model that torch.compile has made kernels
-            of, which a GPU replays as CUDA graphs. On a processor it does not pay.
+            of, which a GPU replays as CUDA graphs. On a processor it loses on small cells.
         draw: added to the suite's seed, for a second run with other random numbers.
     """
 

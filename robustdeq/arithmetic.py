@@ -8,7 +8,7 @@ in such arithmetic, and a judgment in it would be that of another model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -45,11 +45,11 @@ def exact_float32() -> Iterator[None]:
 
     A model that reduces its own precision still does.
     """
-    with _switched((*_settings(), *_parts()), exactly=True):
-        devices = ("cpu", "cuda")
-        around = [device for device in devices if torch.is_autocast_enabled(device)]
-        with _without_autocast(around):
-            yield
+    with _switched((*_settings(), *_parts()), exactly=True), ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 @contextmanager
@@ -85,15 +85,6 @@ def _switched(switches: tuple[_Switch, ...], *, exactly: bool) -> Iterator[None]
         for switch, before in zip(switches, held, strict=True):
             if before is not None and switch.value() != before:
                 switch.set(before)
-
-
-@contextmanager
-def _without_autocast(devices: list[str]) -> Iterator[None]:
-    if not devices:
-        yield
-        return
-    with torch.autocast(devices[0], enabled=False), _without_autocast(devices[1:]):
-        yield
 
 
 def _settings() -> tuple[_Switch, ...]:

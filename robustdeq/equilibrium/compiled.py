@@ -15,17 +15,15 @@ from torch import Tensor
 
 from robustdeq.equilibrium.joint import Dynamics
 from robustdeq.equilibrium.lockstep import Lockstep
+from robustdeq.equilibrium.memory_format import SAMPLES, near
 from robustdeq.equilibrium.model import EquilibriumClassifier
-from robustdeq.equilibrium.solution import Injection
+from robustdeq.equilibrium.solution import Injection, each_part
 from robustdeq.shapes import Images, Logits
 
 _FEWEST = 32
 """Rows are filled up to a power of two, and to this at least: on a GPU each number is recorded."""
-_SAMPLES = 4
 _LOOKS = 3
 """A graph of kernels is recorded at the second call and replayed from the third on."""
-_ROUNDING = 1e-3
-"""Largest difference, relative to the largest value, that counts as rounding."""
 
 
 class Compiled(EquilibriumClassifier):
@@ -61,11 +59,11 @@ class Compiled(EquilibriumClassifier):
 
     def embed(self, x: Images) -> Injection:
         """See `EquilibriumClassifier`."""
-        return _each(partial(_own, count=len(x)), self._embed(self._filled(x)))
+        return each_part(partial(_own, count=len(x)), self._embed(self._filled(x)))
 
     def cell(self, z: Tensor, injection: Injection, step: int) -> Tensor:
         """See `EquilibriumClassifier`; all steps are alike, as for all that is iterated jointly."""
-        return _own(self._step(self._filled(z), _each(self._filled, injection)), len(z))
+        return _own(self._step(self._filled(z), each_part(self._filled, injection)), len(z))
 
     def readout(self, z: Tensor) -> Logits:
         """See `EquilibriumClassifier`."""
@@ -82,7 +80,7 @@ class Compiled(EquilibriumClassifier):
 def compiled(
     dynamics: Dynamics, x: Images, build: Callable[[EquilibriumClassifier], Compiled] = Compiled
 ) -> EquilibriumClassifier:
-    """A copy of a model with compiled parts, which is quicker on a GPU; see `benchmarks/looks.py`.
+    """A copy of a model with compiled parts; `benchmarks/looks.py` measures whether it is quicker.
 
     The model itself where it cannot be compiled, or where logits or gradients of the copy are
     others by more than rounding: it is for searching, never for judging.
@@ -106,9 +104,9 @@ def compiled(
 
 def _alike(one: Dynamics, other: Dynamics, x: Images) -> bool:
     """Whether looks show the same, of few samples and of many, which are kernels of their own."""
-    few = x[:_SAMPLES]
+    few = x[:SAMPLES]
     many = few.repeat(_FEWEST, 1, 1, 1)
-    return all(_near(*looks) for rows in (few, many) for looks in _looks(one, other, rows))
+    return all(near(*looks) for rows in (few, many) for looks in _looks(one, other, rows))
 
 
 def _looks(one: Dynamics, other: Dynamics, x: Images) -> list[tuple[Tensor, Tensor]]:
@@ -124,11 +122,6 @@ def _looks(one: Dynamics, other: Dynamics, x: Images) -> list[tuple[Tensor, Tens
     return shown
 
 
-def _near(expected: Tensor, found: Tensor) -> bool:
-    near = (found - expected).abs().max() <= _ROUNDING * expected.abs().max()
-    return bool(near & found.isfinite().all())
-
-
 def _format(model: EquilibriumClassifier) -> torch.memory_format:
     """That of a model's convolutions."""
     last = torch.channels_last
@@ -140,7 +133,3 @@ def _format(model: EquilibriumClassifier) -> torch.memory_format:
 def _own(part: Tensor, count: int) -> Tensor:
     """The rows that were asked for, in memory of their own: a graph's is used again."""
     return part[:count].clone()
-
-
-def _each(change: Callable[[Tensor], Tensor], injection: Injection) -> Injection:
-    return change(injection) if isinstance(injection, Tensor) else tuple(map(change, injection))

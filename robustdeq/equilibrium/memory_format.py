@@ -6,14 +6,15 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from robustdeq.equilibrium.model import EquilibriumClassifier
 from robustdeq.shapes import Images
 
-_SAMPLES = 4
+SAMPLES = 4
+"""On which a copy is compared with its model."""
 _ROUNDING = 1e-3
-"""Largest difference of logits, relative to the largest of them, that counts as rounding."""
+"""Largest difference, relative to the largest value, that counts as rounding."""
 
 
 def channels_last(model: EquilibriumClassifier, x: Images) -> EquilibriumClassifier:
@@ -31,7 +32,7 @@ def channels_last(model: EquilibriumClassifier, x: Images) -> EquilibriumClassif
         twin = copy.deepcopy(model)
         moved: Any = twin  # stubs of older versions of torch lack this way of `Module.to`
         moved.to(memory_format=torch.channels_last)
-        alike = _alike(model, twin, x[:_SAMPLES])
+        alike = _alike(model, twin, x[:SAMPLES])
     except Exception:  # whatever a stranger's model makes of being copied
         return model
     return twin if alike else model
@@ -39,6 +40,10 @@ def channels_last(model: EquilibriumClassifier, x: Images) -> EquilibriumClassif
 
 @torch.no_grad()
 def _alike(model: EquilibriumClassifier, twin: EquilibriumClassifier, x: Images) -> bool:
-    expected, found = model(x), twin(x)
-    near = (found - expected).abs().max() <= _ROUNDING * expected.abs().max()
-    return bool(near & found.isfinite().all())
+    return near(model(x), twin(x))
+
+
+def near(expected: Tensor, found: Tensor) -> bool:
+    """Whether what a copy gives is what its model gives, but for rounding; never if not finite."""
+    close = (found - expected).abs().max() <= _ROUNDING * expected.abs().max()
+    return bool(close & found.isfinite().all())

@@ -71,11 +71,14 @@ class Problem:
             return self.cell(z, injection, step)
 
 
+def each_part(change: Callable[[Tensor], Tensor], injection: Injection) -> Injection:
+    """An injection with its one tensor, or each of them, changed."""
+    return change(injection) if isinstance(injection, Tensor) else tuple(map(change, injection))
+
+
 def take_rows(injection: Injection, rows: Tensor) -> Injection:
     """Some rows of an injection."""
-    if isinstance(injection, Tensor):
-        return injection.index_select(0, rows)
-    return tuple(part.index_select(0, rows) for part in injection)
+    return each_part(lambda part: part.index_select(0, rows), injection)
 
 
 def join_rows(one: Injection, other: Injection) -> Injection:
