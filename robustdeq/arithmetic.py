@@ -8,7 +8,7 @@ in such arithmetic, and a judgment in it would be that of another model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -43,12 +43,10 @@ class _Switch(NamedTuple):
 def exact_float32() -> Iterator[None]:
     """Products of float32 in float32 inside the block, whatever the caller has set; no autocast.
 
-    A model that reduces its own precision still does.
+    What the block itself sets is undone. A model that reduces its own precision still does.
     """
-    with _switched((*_settings(), *_parts()), exactly=True), ExitStack() as stack:
-        for device in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
+    cpu, cuda = (torch.autocast(device, enabled=False) for device in ("cpu", "cuda"))
+    with _switched((*_settings(), *_parts()), exactly=True), cpu, cuda:
         yield
 
 

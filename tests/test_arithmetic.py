@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import robustdeq
 from robustdeq.arithmetic import Precision, exact_float32, reduced
 from robustdeq.errors import UsageError
+from robustdeq.evaluation.integrity import intact
 from robustdeq.evaluation.judge import Judge
 from robustdeq.evaluation.provenance import machine
 from robustdeq.interfaces import Access, Budget, Candidates, Scope
@@ -153,6 +154,7 @@ class Loosening:
     ) -> Candidates:
         by_flags()
         by_matmul()
+        torch.set_autocast_enabled("cpu", True)
         return Candidates(x, ("",) * len(x))
 
 
@@ -165,6 +167,10 @@ def test_an_attack_s_settings_do_not_reach_the_judge_nor_the_caller(default: Non
         verdict = robustdeq.evaluate(model, x, y, threat="Linf:0.1", attacks=[Loosening()])
     assert verdict.clean_acc == verdict.robust_acc == 1.0
     assert all(model.exact)
+    assert settings() == before
+    with intact("it"):
+        by_flags()
+        torch.set_autocast_enabled("cpu", True)
     assert settings() == before
 
 

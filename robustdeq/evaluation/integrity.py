@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robustdeq.arithmetic import exact_float32
 from robustdeq.errors import CaseError
 from robustdeq.evaluation.judge import Judge
 from robustdeq.threats import Threat
@@ -41,15 +42,16 @@ _ABSENT = object()
 def intact(who: str) -> Iterator[None]:
     """Undo what the block does to torch's functions and settings.
 
-    Settings (gradients, default type, threads, determinism) are set back in silence: they are a
-    common oversight. Names that are new do no harm.
+    Settings (gradients, default type, threads, determinism, arithmetic) are set back in silence:
+    they are a common oversight. Names that are new do no harm.
 
     Raises:
         CaseError: if functions were replaced; the sentence begins with `who` and names one.
     """
     settings, held = _settings(), {name: _functions(owner) for name, owner in _OWNERS.items()}
     try:
-        yield
+        with exact_float32():
+            yield
     finally:
         _set(settings)
         changed = [f"{name}.{k}" for name in held for k in _restored(_OWNERS[name], held[name])]
